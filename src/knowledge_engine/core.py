@@ -1,0 +1,471 @@
+"""The vocabulary: names, states, specs, events and results. No I/O; nothing here knows a transport or a store.
+
+Ids inside are bare (`demo`, version 3); `server/convert.py` turns them into resource names (`models/demo/versions/3`).
+Every spec carries its defaults and its bounds, so that what is stored with a job is the whole truth of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from knowledge_engine.errors import InvalidSpecError, Reason, Violation
+
+BASE = "base"
+"""The reserved name of the deployment's own base model."""
+
+MAX_SEED = 2**32 - 1
+MAX_MESSAGES = 200
+MAX_UPLOAD_BYTES = 2 * 2**30
+MAX_QUEUED_JOBS = 64
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+Name = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\z")]
+"""A model, dataset, job or base-model name; safe as a path part."""
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a model, dataset, job or base model."""
+    return _NAME.fullmatch(text) is not None
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+class JobState(StrEnum):
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    CANCELLING = "CANCELLING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in TERMINAL_STATES
+
+
+TERMINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+LEGAL_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.CANCELLING: frozenset({JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+
+class LrSchedulerType(StrEnum):
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class DifficultyLevel(StrEnum):
+    SIMPLE = "simple"
+    MEDIUM = "medium"
+    COMPLEX = "complex"
+
+
+class LoraConfig(_Frozen):
+    """The shape of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, ge=1, le=256)
+    alpha: int = Field(default=32, ge=1, le=1024)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    target_modules: tuple[Annotated[str, StringConstraints(min_length=1, max_length=128)], ...] = Field(
+        default=(), max_length=64
+    )
+
+
+class TrainingSpec(_Frozen):
+    """A supervised fine-tuning run; names and meanings follow TRL, PEFT and transformers.
+
+    `num_train_epochs` and `max_steps` exclude each other; with neither, three epochs.
+    """
+
+    base_model: Name = BASE
+    dataset: Name
+    model: Name
+    use_qlora: bool = True
+    lora: LoraConfig = LoraConfig()
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    lr_scheduler_type: LrSchedulerType = LrSchedulerType.LINEAR
+    warmup_ratio: float = Field(default=0.03, ge=0, le=0.5)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    num_train_epochs: float | None = Field(default=None, gt=0, le=50)
+    max_steps: int | None = Field(default=None, ge=1, le=1_000_000)
+    per_device_train_batch_size: int = Field(default=1, ge=1, le=64)
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=256)
+    max_length: int | None = Field(default=None, ge=16, le=131_072)
+    eval_split: float = Field(default=0.1, ge=0, le=0.5)
+    eval_steps: int = Field(default=0, ge=0, le=1_000_000)
+    logging_steps: int = Field(default=1, ge=1, le=10_000)
+    seed: int = Field(default=42, ge=0, le=MAX_SEED)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_train_epochs is not None and self.max_steps is not None:
+            raise ValueError("set num_train_epochs or max_steps, not both")
+        if self.model == BASE:
+            raise ValueError(f"the model name {BASE!r} is reserved")
+        return self
+
+
+class GenerationSpec(_Frozen):
+    """Conversations to generate; `catalogue` and `dataset` are filled in before the job is stored."""
+
+    catalogue: Name | None = None
+    dataset: Name | None = None
+    num_conversations: int = Field(ge=10, le=100_000)
+    topics: tuple[Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True)], ...] = Field(
+        default=(), max_length=32
+    )
+    difficulty_level: DifficultyLevel = DifficultyLevel.MEDIUM
+    include_product_data: bool = True
+    seed: int = Field(default=42, ge=0, le=MAX_SEED)
+
+
+class HeldOutComparison(_Frozen):
+    """Base and tuned model on the same held-out conversations, in one precision; losses in nats per token."""
+
+    base_loss: float
+    tuned_loss: float
+    num_conversations: int
+    num_tokens: int
+    precision: str
+
+
+class TrainingResult(_Frozen):
+    type: Literal["training"] = "training"
+    model: Name
+    version: int
+    digest: str
+    train_loss: float
+    comparison: HeldOutComparison | None
+    num_steps: int
+    num_tokens: int
+    tokens_per_second: float
+    training_seconds: float
+    peak_memory_bytes: int
+
+
+class GenerationResult(_Frozen):
+    type: Literal["generation"] = "generation"
+    dataset: Name
+    digest: str
+    num_conversations: int
+    num_rejected: int
+    rejections: dict[str, int]
+    provider: str
+
+
+JobSpec = TrainingSpec | GenerationSpec
+JobResult = Annotated[TrainingResult | GenerationResult, Field(discriminator="type")]
+
+
+class JobKind(StrEnum):
+    TRAINING = "training"
+    GENERATION = "generation"
+
+
+class TrackerRun(_Frozen):
+    """A run in an experiment tracker; `url` is empty for an offline run."""
+
+    id: str
+    url: str = ""
+
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+class StateChange(_Frozen):
+    type: Literal["state_change"] = "state_change"
+    state: JobState
+    attempt: int = 0
+    message: str = ""
+    error: dict[str, Any] | None = None
+
+
+class Progress(_Frozen):
+    """How far a job has come; a field is None where it does not apply. Losses in nats per trained token."""
+
+    type: Literal["progress"] = "progress"
+    phase: str
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: float | None = None
+    num_examples: int | None = None
+    examples_per_second: float | None = None
+    loss: float | None = None
+    eval_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    memory_bytes: int | None = None
+
+
+class LogLine(_Frozen):
+    type: Literal["log"] = "log"
+    message: str
+
+
+class JobWarning(_Frozen):
+    type: Literal["warning"] = "warning"
+    reason: str
+    message: str
+
+
+class ResultEvent(_Frozen):
+    type: Literal["result"] = "result"
+    result: JobResult
+
+
+EventPayload = Annotated[StateChange | Progress | LogLine | JobWarning | ResultEvent, Field(discriminator="type")]
+
+
+class JobEvent(_Frozen):
+    """One entry of a job's log; `sequence` counts from 1 without a gap, the terminal state is always the last."""
+
+    job_id: Name
+    sequence: int
+    create_time: datetime
+    payload: EventPayload
+
+    @property
+    def is_last(self) -> bool:
+        return isinstance(self.payload, StateChange) and self.payload.state.is_terminal
+
+
+class Job(_Frozen):
+    id: Name
+    kind: JobKind
+    state: JobState
+    spec: JobSpec
+    result: JobResult | None = None
+    error: dict[str, Any] | None = None  # KnowledgeEngineError.to_dict()
+    progress: Progress | None = None
+    create_time: datetime
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    attempt: int = 0
+    creator: str = ""
+    tracker_run: TrackerRun | None = None
+    last_sequence: int = 0
+
+
+# --- datasets and models ------------------------------------------------------------------------------------------
+
+
+class DatasetKind(StrEnum):
+    CONVERSATIONS = "conversations"
+    CATALOGUE = "catalogue"
+
+
+class DatasetFormat(StrEnum):
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
+class Dataset(_Frozen):
+    """A named, immutable set of rows, stored as canonical JSONL; `digest` is over those bytes."""
+
+    name: Name
+    kind: DatasetKind
+    digest: str
+    num_rows: int
+    size_bytes: int
+    create_time: datetime
+    parents: tuple[str, ...] = ()
+    job_id: str = ""
+
+
+class ModelVersion(_Frozen):
+    """One published adapter; `digest` is the sha256 of its manifest."""
+
+    model: Name
+    version: int
+    digest: str
+    base_model: Name
+    base_digest: str
+    dataset_digest: str
+    chat_template_digest: str
+    job_id: str
+    spec: TrainingSpec
+    comparison: HeldOutComparison | None
+    training_precision: str
+    size_bytes: int
+    create_time: datetime
+
+
+class Model(_Frozen):
+    name: Name
+    create_time: datetime
+    latest_version: ModelVersion | None
+    num_versions: int
+
+
+# --- inference ----------------------------------------------------------------------------------------------------
+
+
+class Message(_Frozen):
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+
+
+class SamplingParams(_Frozen):
+    """How the next token is chosen; `temperature` 0 is greedy, `top_k` 0 considers all tokens."""
+
+    max_tokens: int = Field(ge=1)
+    temperature: float = Field(default=0.7, ge=0, le=2)
+    top_p: float = Field(default=0.9, ge=0, le=1)
+    top_k: int = Field(default=0, ge=0, le=1_000_000)
+    stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...] = Field(default=(), max_length=8)
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+
+
+class GenerationInput(_Frozen):
+    """A conversation to go on with. `model` and `version` say who answers; version None is the newest ready one."""
+
+    model: Name
+    version: int | None = None
+    messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
+    context: dict[str, Any] | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=131_072)
+    temperature: float = Field(default=0.7, ge=0, le=2)
+    top_p: float = Field(default=0.9, ge=0, le=1)
+    top_k: int = Field(default=0, ge=0, le=1_000_000)
+    stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...] = Field(default=(), max_length=8)
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(message.role == "system" for message in self.messages[1:]):
+            raise ValueError("only the first message may be a system message")
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        return self
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Completion(_Frozen):
+    """The facts of an answer. Times in seconds from the server's receipt of the request."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    model: Name
+    version: int | None
+    digest: str
+    time_to_first_token_seconds: float
+    total_seconds: float
+
+
+# --- names and checks ---------------------------------------------------------------------------------------------
+
+
+class Page(NamedTuple):
+    """Which slice of a list: `size` entries after the entry `after` (opaque to callers, None from the start)."""
+
+    size: int
+    after: str | None
+
+
+def parse_name(text: str, *collections: str, field: str = "name") -> tuple[str, ...]:
+    """Takes a resource name apart: `parse_name("models/x/versions/3", "models", "versions")` is `("x", "3")`.
+
+    Raises:
+        InvalidSpecError: NAME_INVALID when the text has another shape or an id that is no name.
+    """
+    parts = text.split("/")
+    ids = tuple(parts[1::2])
+    if tuple(parts[0::2]) != collections or len(ids) != len(collections) or not all(map(is_name, ids)):
+        shape = "/".join(f"{collection}/{{{collection.rstrip('s')}}}" for collection in collections)
+        description = f"must look like {shape}, each id matching {_NAME.pattern}"
+        raise InvalidSpecError(
+            f"{field} {description}", reason=Reason.NAME_INVALID, violations=[Violation(field, description)]
+        )
+    return ids
+
+
+def invalid_spec(error: ValidationError, prefix: str = "") -> InvalidSpecError:
+    """A pydantic failure as ours, each violation under its path in the contract.
+
+    `prefix` is the path of the validated message, such as `spec`.
+    """
+    violations = [
+        Violation(_path(prefix, item["loc"]), item["msg"].removeprefix("Value error, "))
+        # A long list would not fit into a response's trailing metadata (8 KiB).
+        for item in error.errors(include_url=False, include_input=False, include_context=False)[:20]
+    ]
+    first = violations[0]
+    return InvalidSpecError(
+        f"{first.field}: {first.description}" if first.field else first.description, violations=violations
+    )
+
+
+def _path(prefix: str, location: Iterable[str | int]) -> str:
+    path = prefix
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+# --- running a job ------------------------------------------------------------------------------------------------
+
+
+class JobStopped(Exception):
+    """The running attempt must end now: cancelled, superseded or shut down. Raised by `JobContext.check`."""
+
+
+class JobContext(Protocol):
+    """What one attempt of a job sees of the world: it reports, and asks whether it should go on."""
+
+    @property
+    def job(self) -> Job: ...
+
+    @property
+    def work_dir(self) -> Path:
+        """A private folder of the job, kept over attempts."""
+
+    def report(self, progress: Progress) -> None:
+        """Records a progress event."""
+
+    def log(self, message: str) -> None:
+        """Records a line of the job's log."""
+
+    def warn(self, reason: str, message: str) -> None:
+        """Records a warning; `reason` is UPPER_SNAKE_CASE."""
+
+    def track(self, run: TrackerRun) -> None:
+        """Records where the run is tracked."""
+
+    def check(self) -> None:
+        """Returns while the attempt may go on; cheap, called at every step.
+
+        Raises:
+            JobStopped: it must end.
+        """

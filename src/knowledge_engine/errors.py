@@ -1,0 +1,200 @@
+"""Everything that can go wrong, as one tree. The class says what kind of failure it is, `reason` which one.
+
+KnowledgeEngineError
+ +-- InvalidSpecError       what was asked for cannot be right (with field violations)
+ +-- NotFoundError          no such thing
+ +-- AlreadyExistsError     the name is taken by something else
+ +-- StateError             right request, wrong moment
+ +-- ConflictError          someone else changed it meanwhile
+ +-- AuthenticationError    who are you?
+ +-- AccessError            you may not
+ +-- CapacityError          full; try again later
+ +-- UpstreamError          another part or service does not answer; try again later
+ +-- IntegrityError         stored bytes are not what was stored
+ +-- CredentialsError       our own credentials were refused elsewhere
+
+Errors know no transport: `server/status.py` maps the classes to gRPC codes, and those decide the HTTP numbers. They
+cross process borders, so they pickle and turn into plain data (`to_dict`, `from_dict`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Reason(StrEnum):
+    """Stable, documented codes; the closed list of what clients may rely on."""
+
+    # InvalidSpecError
+    SPEC_INVALID = "SPEC_INVALID"
+    NAME_INVALID = "NAME_INVALID"
+    PAGE_TOKEN_INVALID = "PAGE_TOKEN_INVALID"
+    DATASET_FORMAT_INVALID = "DATASET_FORMAT_INVALID"
+    DATASET_TOO_LARGE = "DATASET_TOO_LARGE"
+    DATASET_KIND_WRONG = "DATASET_KIND_WRONG"
+    NOTHING_TO_TRAIN = "NOTHING_TO_TRAIN"
+    EXAMPLE_TOO_LONG = "EXAMPLE_TOO_LONG"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    BASE_MODEL_UNKNOWN = "BASE_MODEL_UNKNOWN"
+    TARGET_MODULES_UNKNOWN = "TARGET_MODULES_UNKNOWN"
+    TOPIC_UNKNOWN = "TOPIC_UNKNOWN"
+    CHAT_TEMPLATE_REFUSED = "CHAT_TEMPLATE_REFUSED"
+    SETTINGS_INVALID = "SETTINGS_INVALID"
+    # NotFoundError
+    JOB_NOT_FOUND = "JOB_NOT_FOUND"
+    DATASET_NOT_FOUND = "DATASET_NOT_FOUND"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    MODEL_VERSION_NOT_FOUND = "MODEL_VERSION_NOT_FOUND"
+    EVALUATION_NOT_FOUND = "EVALUATION_NOT_FOUND"
+    # AlreadyExistsError
+    DATASET_EXISTS = "DATASET_EXISTS"
+    # StateError
+    JOB_ENDED = "JOB_ENDED"
+    DATASET_IN_USE = "DATASET_IN_USE"
+    BASE_MODEL_NOT_SERVED = "BASE_MODEL_NOT_SERVED"
+    CATALOGUE_TOO_SMALL = "CATALOGUE_TOO_SMALL"
+    # ConflictError
+    ATTEMPT_SUPERSEDED = "ATTEMPT_SUPERSEDED"
+    # AuthenticationError
+    API_KEY_MISSING = "API_KEY_MISSING"
+    API_KEY_INVALID = "API_KEY_INVALID"
+    # AccessError
+    HOST_REFUSED = "HOST_REFUSED"
+    # CapacityError
+    QUEUE_FULL = "QUEUE_FULL"
+    ENGINE_BUSY = "ENGINE_BUSY"
+    # UpstreamError
+    ENGINE_UNAVAILABLE = "ENGINE_UNAVAILABLE"
+    BASE_MODEL_LOADING = "BASE_MODEL_LOADING"
+    SERVER_UNAVAILABLE = "SERVER_UNAVAILABLE"
+    STATE_UNAVAILABLE = "STATE_UNAVAILABLE"
+    # IntegrityError
+    DATASET_CORRUPT = "DATASET_CORRUPT"
+    MODEL_VERSION_CORRUPT = "MODEL_VERSION_CORRUPT"
+    BASE_MODEL_CORRUPT = "BASE_MODEL_CORRUPT"
+    STATE_NEWER = "STATE_NEWER"
+    # Anything unexpected
+    WORKER_CRASHED = "WORKER_CRASHED"
+    NON_FINITE = "NON_FINITE"
+    INTERNAL = "INTERNAL"
+
+
+class Violation(NamedTuple):
+    """One field that is wrong; `field` is its path in the contract, such as `spec.lora.rank`."""
+
+    field: str
+    description: str
+
+
+class KnowledgeEngineError(Exception):
+    """A failure with a stable reason; `metadata` holds every changing value of the message, as text."""
+
+    default_reason = Reason.INTERNAL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Reason | None = None,
+        violations: Sequence[Violation] = (),
+        retry_after_seconds: float | None = None,
+        **metadata: object,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or self.default_reason
+        self.violations = tuple(violations)
+        self.retry_after_seconds = retry_after_seconds
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return from_dict, (self.to_dict(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the state store and the engine socket."""
+        return {
+            "kind": type(self).__name__,
+            "message": self.message,
+            "reason": self.reason.value,
+            "violations": [list(violation) for violation in self.violations],
+            "retry_after_seconds": self.retry_after_seconds,
+            "metadata": self.metadata,
+        }
+
+
+class InvalidSpecError(KnowledgeEngineError):
+    """What was asked for cannot be right."""
+
+    default_reason = Reason.SPEC_INVALID
+
+
+class NotFoundError(KnowledgeEngineError):
+    """No such thing."""
+
+
+class AlreadyExistsError(KnowledgeEngineError):
+    """The name is taken by something else."""
+
+
+class StateError(KnowledgeEngineError):
+    """The request is right, the moment is not."""
+
+
+class ConflictError(KnowledgeEngineError):
+    """Someone else changed it meanwhile."""
+
+
+class AuthenticationError(KnowledgeEngineError):
+    """The caller did not say who it is, or could not prove it."""
+
+
+class AccessError(KnowledgeEngineError):
+    """The caller may not do this."""
+
+
+class CapacityError(KnowledgeEngineError):
+    """Full; `retry_after_seconds` says when to try again."""
+
+
+class UpstreamError(KnowledgeEngineError):
+    """Another part or service does not answer; trying again later may help."""
+
+
+class IntegrityError(KnowledgeEngineError):
+    """Stored bytes are not what was stored."""
+
+
+class CredentialsError(KnowledgeEngineError):
+    """Our own credentials were refused elsewhere."""
+
+
+KINDS: dict[str, type[KnowledgeEngineError]] = {
+    kind.__name__: kind
+    for kind in (
+        KnowledgeEngineError,
+        InvalidSpecError,
+        NotFoundError,
+        AlreadyExistsError,
+        StateError,
+        ConflictError,
+        AuthenticationError,
+        AccessError,
+        CapacityError,
+        UpstreamError,
+        IntegrityError,
+        CredentialsError,
+    )
+}
+
+
+def from_dict(data: dict[str, Any]) -> KnowledgeEngineError:
+    """The inverse of `KnowledgeEngineError.to_dict`."""
+    return KINDS[data["kind"]](
+        data["message"],
+        reason=Reason(data["reason"]),
+        violations=[Violation(*violation) for violation in data["violations"]],
+        retry_after_seconds=data["retry_after_seconds"],
+        **data["metadata"],
+    )

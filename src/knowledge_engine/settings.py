@@ -1,0 +1,253 @@
+"""How this deployment runs, read once from `KNOWLEDGE_*` and `config/.env`; the environment wins.
+
+What one job does is a spec (`core.py`), never a setting. A name or value that is not understood stops the start with
+one line that says what is allowed. Secrets are `SecretStr`, never printed; an empty optional one means unset.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from knowledge_engine.core import BASE, is_name
+from knowledge_engine.errors import InvalidSpecError, Reason
+
+PREFIX = "KNOWLEDGE_"
+ENV_FILE = Path("config/.env")
+
+
+def _default_data_dir() -> Path:
+    root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(root) / "knowledge-engine"
+
+
+def _secret(*aliases: str) -> Any:
+    """A secret under our own name, or under the name its service's own tools use."""
+    return Field(default=None, validation_alias=AliasChoices(*aliases))
+
+
+class Settings(BaseSettings):
+    """One deployment's settings. Addresses are `host:port`; port 0 takes a free one."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", populate_by_name=True
+    )
+
+    data_dir: Path = Field(default_factory=_default_data_dir)
+    grpc_address: str = "127.0.0.1:50051"
+    http_address: str = "127.0.0.1:8001"
+    api_keys: SecretStr | None = None
+    allow_anonymous: bool = False
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    reflection: bool = True
+
+    base_model: str | None = None
+    base_models: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
+
+    max_concurrent_trainings: int = Field(default=1, ge=1, le=5)
+    lease_seconds: float = Field(default=30, gt=0, le=600)
+    cancel_grace_seconds: float = Field(default=8, gt=0, le=9)
+    orphan_grace_seconds: float = Field(default=60, gt=0, le=3600)
+    max_active_streams: int = Field(default=16, ge=1, le=1024)
+    max_waiting_streams: int = Field(default=64, ge=0, le=4096)
+    request_timeout_seconds: float = Field(default=300, gt=0, le=3600)
+    drain_seconds: float = Field(default=10, ge=0, le=300)
+
+    openai_api_key: SecretStr | None = _secret("KNOWLEDGE_OPENAI_API_KEY", "OPENAI_API_KEY")
+    openai_base_url: str | None = Field(
+        default=None, validation_alias=AliasChoices("KNOWLEDGE_OPENAI_BASE_URL", "OPENAI_BASE_URL")
+    )
+    openai_model: str | None = None
+    huggingface_token: SecretStr | None = _secret("KNOWLEDGE_HUGGINGFACE_TOKEN", "HF_TOKEN")
+    wandb_api_key: SecretStr | None = _secret("KNOWLEDGE_WANDB_API_KEY", "WANDB_API_KEY")
+    wandb_entity: str | None = None
+    wandb_project: str = "knowledge-engine"
+    s3_bucket: str | None = None
+    s3_endpoint_url: str | None = None
+    aws_region: str | None = None
+
+    @field_validator("grpc_address", "http_address")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _origins(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(origin.strip() for origin in value.split(",") if origin.strip())
+        return value
+
+    @field_validator("base_models", mode="before")
+    @classmethod
+    def _base_models(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        bases: dict[str, str] = {}
+        for entry in filter(None, (part.strip() for part in value.split(","))):
+            slug, separator, source = entry.partition("=")
+            if not separator or not source or not is_name(slug) or slug == BASE:
+                raise ValueError(f"write slug=folder,slug=folder; {entry!r} is not one, or its slug is no free name")
+            bases[slug] = source
+        return bases
+
+    @field_validator("api_keys")
+    @classmethod
+    def _api_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            parse_api_keys(value)
+        return value
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Settings:
+        if self.s3_bucket or self.s3_endpoint_url:
+            raise ValueError(
+                "KNOWLEDGE_S3_BUCKET and KNOWLEDGE_S3_ENDPOINT_URL: models are kept on the local disk only in this "
+                "release; unset them"
+            )
+        open_to = [a for a in (self.grpc_address, self.http_address) if not is_loopback(split_address(a)[0])]
+        if open_to and self.api_keys is None and not self.allow_anonymous:
+            raise ValueError(
+                f"{open_to[0]} can be reached from other machines: set KNOWLEDGE_API_KEYS=name:key,... to demand a "
+                "key, or KNOWLEDGE_ALLOW_ANONYMOUS=true to serve everyone"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, dotenv_settings
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether callers need no key."""
+        return self.api_keys is None
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        """API keys by caller name."""
+        return parse_api_keys(self.api_keys) if self.api_keys else {}
+
+    @property
+    def state_url(self) -> str:
+        return f"sqlite:///{self.data_dir / 'state.db'}"
+
+    def environment(self) -> dict[str, str]:
+        """The settings as `KNOWLEDGE_*` variables, for child processes; they never travel in argv."""
+        values: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if value is None or value == {} or value == ():
+                continue
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            elif isinstance(value, dict):
+                value = ",".join(f"{key}={item}" for key, item in value.items())
+            elif isinstance(value, tuple):
+                value = ",".join(value)
+            elif isinstance(value, bool):
+                value = str(value).lower()
+            values[f"{PREFIX}{name.upper()}"] = str(value)
+        return values
+
+
+CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY"})
+"""Read by the command line and other clients, not by the service."""
+
+
+def load_settings(env_file: Path | None = ENV_FILE, **overrides: Any) -> Settings:
+    """Reads the environment and `env_file`.
+
+    Raises:
+        InvalidSpecError: SETTINGS_INVALID for an unknown or bad name, with one line that says what is allowed.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | CLIENT_NAMES
+    file = env_file if env_file is not None and env_file.is_file() else None
+    names = dict.fromkeys(name for name in os.environ if name.upper().startswith(PREFIX))
+    if file is not None:
+        names |= dict.fromkeys(
+            name.upper()
+            for name in DotEnvSettingsSource(Settings, env_file=file).env_vars
+            if name.upper().startswith(PREFIX)
+        )
+    for name in names:
+        if name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise InvalidSpecError(f"unknown setting {name}: {hint}", reason=Reason.SETTINGS_INVALID, setting=name)
+    try:
+        return Settings(_env_file=file, **overrides)
+    except ValidationError as error:
+        item = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        message = item["msg"].removeprefix("Value error, ")
+        if item["loc"]:
+            name = str(item["loc"][0]).upper()
+            name = name if name.startswith(PREFIX) else f"{PREFIX}{name}"
+            message = f"{name}: {message}"
+        raise InvalidSpecError(message, reason=Reason.SETTINGS_INVALID) from None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` taken apart; IPv6 hosts stand in brackets.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_api_keys(keys: SecretStr) -> dict[str, str]:
+    """`name:key,...` as key by caller name.
+
+    Raises:
+        ValueError: another shape, a short key, or a name or key twice. The message never holds a key.
+    """
+    parsed: dict[str, str] = {}
+    for position, entry in enumerate(filter(None, (part.strip() for part in keys.get_secret_value().split(","))), 1):
+        name, separator, key = entry.partition(":")
+        if not separator or not is_name(name):
+            raise ValueError(f"entry {position} is not name:key")
+        if len(key) < 8:
+            raise ValueError(f"the key of {name!r} is shorter than 8 characters")
+        if name in parsed or key in parsed.values():
+            raise ValueError(f"entry {position} repeats a name or a key")
+        parsed[name] = key
+    if not parsed:
+        raise ValueError("write name:key,name:key")
+    return parsed
+
+
+__all__ = ["Settings", "load_settings", "is_loopback", "split_address", "parse_api_keys", "CLIENT_NAMES", "ENV_FILE"]

@@ -248,6 +248,3 @@ def parse_api_keys(keys: SecretStr) -> dict[str, str]:
     if not parsed:
         raise ValueError("write name:key,name:key")
     return parsed
-
-
-__all__ = ["Settings", "load_settings", "is_loopback", "split_address", "parse_api_keys", "CLIENT_NAMES", "ENV_FILE"]

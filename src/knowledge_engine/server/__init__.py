@@ -1,0 +1,1 @@
+"""The gRPC face: conversion, status mapping, servicers, composition. Imports no torch."""

@@ -1,0 +1,229 @@
+"""`train` and `jobs list|show|watch|cancel`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from knowledge_engine.cli.output import (
+    JsonOption,
+    ServerOption,
+    YesOption,
+    confirm,
+    connect,
+    plain,
+    print_facts,
+    print_json,
+    print_table,
+    say,
+    size,
+)
+
+if TYPE_CHECKING:
+    from knowledge_engine.client import Client
+    from knowledge_engine.core import Job
+
+app = typer.Typer(help="Look at jobs and cancel them.", no_args_is_help=True)
+
+JobArgument = Annotated[str, typer.Argument(help="The job's id.", show_default=False)]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Only queue the job; do not wait for its end.")]
+
+
+def train(
+    dataset: Annotated[str, typer.Option(help="The conversations to learn from.", show_default=False)],
+    model: Annotated[str, typer.Option(help="The model to publish a new version of.", show_default=False)],
+    base_model: Annotated[str | None, typer.Option(help="The base to adapt.")] = None,
+    qlora: Annotated[bool | None, typer.Option(help="Load the base in 4-bit NF4.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Conversations in one forward pass.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Forward passes in one step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    scheduler: Annotated[
+        Literal["linear", "cosine", "constant"] | None, typer.Option(help="Learning rate after warm-up.")
+    ] = None,
+    warmup_ratio: Annotated[float | None, typer.Option(help="Share of the steps to warm up over.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 turns it off.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest conversation in tokens.")] = None,
+    eval_split: Annotated[float | None, typer.Option(help="Share held out for evaluation.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Evaluate every so many steps.")] = None,
+    logging_steps: Annotated[int | None, typer.Option(help="Report every so many steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every choice.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale of the adapter.")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Dropout before the adapter.")] = None,
+    target_module: Annotated[list[str] | None, typer.Option(help="A linear module to adapt; repeatable.")] = None,
+    detach: DetachOption = False,
+    json: JsonOption = False,
+    server: ServerOption = None,
+) -> None:
+    """Fine-tune a model on a dataset and publish it as a new version.
+
+    What is not given is left to the server's defaults.
+    """
+    lora = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout, "target_modules": target_module}
+    values = {
+        "dataset": dataset,
+        "model": model,
+        "base_model": base_model,
+        "use_qlora": qlora,
+        "lora": _given(lora) or None,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": scheduler,
+        "warmup_ratio": warmup_ratio,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "num_train_epochs": epochs,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "max_length": max_length,
+        "eval_split": eval_split,
+        "eval_steps": eval_steps,
+        "logging_steps": logging_steps,
+        "seed": seed,
+    }
+    from knowledge_engine.core import TrainingSpec, validated
+
+    spec = validated(TrainingSpec, _given(values), "spec")
+    with connect(server) as client:
+        follow(client, client.create_training_job(spec), detach=detach, as_json=json)
+
+
+@app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
+    json: JsonOption = False,
+    server: ServerOption = None,
+) -> None:
+    """List jobs, newest first."""
+    with connect(server) as client:
+        jobs = list(islice(client.list_jobs(), limit))
+    if json:
+        print_json({"jobs": [plain(job) for job in jobs]})
+        return
+    rows = [(job.id, job.kind.value, job.state.value, _progress(job), job.create_time, _target(job)) for job in jobs]
+    print_table(("JOB", "KIND", "STATE", "PROGRESS", "CREATED", "MAKES"), rows)
+
+
+@app.command()
+def show(job: JobArgument, json: JsonOption = False, server: ServerOption = None) -> None:
+    """Show one job."""
+    with connect(server) as client:
+        print_job(client.get_job(job), as_json=json)
+
+
+@app.command()
+def watch(
+    job: JobArgument,
+    after: Annotated[int, typer.Option(min=0, help="Only events after this sequence number.")] = 0,
+    json: JsonOption = False,
+    server: ServerOption = None,
+) -> None:
+    """Follow a job's events to its end; with --json one event a line. Ctrl-C leaves the job running."""
+    with connect(server) as client:
+        if json:
+            for event in client.watch_job(job, after):
+                print_json(plain(event))
+        else:
+            _show_events(client, job, after)
+        ended = client.get_job(job)
+        if not json:
+            print_job(ended)
+    if ended.state.value != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+@app.command()
+def cancel(job: JobArgument, yes: YesOption = False, json: JsonOption = False, server: ServerOption = None) -> None:
+    """Cancel a job; its work is lost."""
+    confirm(f"Cancel job {job}?", yes)
+    with connect(server) as client:
+        print_job(client.cancel_job(job), as_json=json)
+
+
+def follow(client: Client, job: Job, *, detach: bool, as_json: bool) -> None:
+    """Waits for a new job's end with progress on stderr, then prints it; exit code 1 unless it SUCCEEDED."""
+    if not detach:
+        try:
+            _show_events(client, job.id, 0)
+        except KeyboardInterrupt:
+            say(f"job {job.id} goes on; knowledge-engine jobs watch {job.id} shows it again")
+            raise
+        job = client.get_job(job.id)
+    print_job(job, as_json=as_json)
+    if not detach and job.state.value != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+def _show_events(client: Client, job: str, after: int) -> None:
+    from knowledge_engine.cli.progress import JobView
+
+    with JobView(job) as view:
+        view.show_all(client.watch_job(job, after))
+
+
+def print_job(job: Job, *, as_json: bool = False) -> None:
+    if as_json:
+        print_json(plain(job))
+        return
+    facts: list[tuple[str, object]] = [
+        ("job", job.id),
+        ("kind", job.kind.value),
+        ("state", job.state.value),
+        ("progress", _progress(job) or None),
+        ("created", job.create_time),
+        ("started", job.start_time),
+        ("ended", job.end_time),
+        ("creator", job.creator or None),
+        ("tracker run", (job.tracker_run.url or job.tracker_run.id) if job.tracker_run else None),
+    ]
+    if job.error is not None:
+        facts.append(("error", f"{job.error['message']} [{job.error['reason']}]"))
+    print_facts([*facts, *_result_facts(job)])
+
+
+def _result_facts(job: Job) -> list[tuple[str, object]]:
+    result = job.result
+    if result is None:
+        return []
+    if result.type == "generation":
+        return [
+            ("dataset", result.dataset),
+            ("digest", result.digest),
+            ("conversations", result.num_conversations),
+            ("rejected", result.num_rejected),
+        ]
+    facts: list[tuple[str, object]] = [
+        ("model version", f"{result.model}:{result.version}"),
+        ("digest", result.digest),
+        ("steps", result.num_steps),
+        ("tokens/s", result.tokens_per_second),
+        ("peak memory", size(result.peak_memory_bytes)),
+        ("train loss", result.train_loss),
+    ]
+    if result.comparison is not None:
+        facts += [("base loss", result.comparison.base_loss), ("tuned loss", result.comparison.tuned_loss)]
+    return facts
+
+
+def _progress(job: Job) -> str:
+    if job.progress is None or job.state.is_terminal:
+        return ""
+    steps = f" {job.progress.step}/{job.progress.total_steps}" if job.progress.total_steps else ""
+    return f"{job.progress.phase}{steps}"
+
+
+def _target(job: Job) -> str | None:
+    from knowledge_engine.core import TrainingSpec
+
+    if isinstance(job.spec, TrainingSpec):
+        return job.spec.model
+    return job.spec.dataset
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,105 @@
+"""The events of one job as a person reads them, on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from knowledge_engine.cli.output import console, is_animated
+from knowledge_engine.core import Job, JobEvent, JobWarning, LogLine, Progress, StateChange
+
+PLAIN_SECONDS = 5.0  # between two plain progress lines of one phase
+
+
+class JobView:
+    """Shows what it is given; a context manager, so that the bar is taken down whatever happens."""
+
+    def __init__(self, title: str, *, output: Console | None = None) -> None:
+        self._title = title
+        self._console = output or console(stderr=True)
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+        self._phase = ""
+        self._spoken = float("-inf")
+
+    def __enter__(self) -> Self:
+        if is_animated(self._console):
+            columns = (TextColumn("{task.description:<24}"), BarColumn(24), TextColumn("{task.fields[facts]}"))
+            self._bars = Bars(*columns, console=self._console, refresh_per_second=4)
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def show(self, event: JobEvent) -> None:
+        match event.payload:
+            case Progress() as progress:
+                self.show_progress(progress)
+            case LogLine(message=message):
+                self._print(message)
+            case JobWarning(message=message, reason=reason):
+                self._print(f"warning: {message} [{reason}]")
+            case StateChange(state=state, message=message):
+                self._print(f"{state.value}{f': {message}' if message else ''}")
+            case _:  # the result, which is printed at the end
+                pass
+
+    def show_progress(self, progress: Progress) -> None:
+        """Moves the bar, or says a line: at once in a new phase, else every PLAIN_SECONDS and at its end."""
+        facts = " ".join(describe(progress))
+        is_new = progress.phase != self._phase
+        self._phase = progress.phase
+        if self._bars is not None:
+            if self._task is None or is_new:
+                self._task = self._bars.add_task(f"{self._title}: {progress.phase}", facts=facts)
+            self._bars.update(self._task, completed=progress.step, total=progress.total_steps, facts=facts)
+            return
+        is_end = progress.step is not None and progress.step == progress.total_steps
+        if is_new or is_end or time.monotonic() - self._spoken >= PLAIN_SECONDS:
+            self._spoken = time.monotonic()
+            self._print(f"{progress.phase} {facts}".rstrip())
+
+    def show_all(self, events: Iterable[JobEvent]) -> None:
+        for event in events:
+            self.show(event)
+
+    def _print(self, line: str) -> None:
+        # Text, as brackets in a message are no markup.
+        self._console.print(Text(f"{self._title}: {line}"))
+
+
+def describe(progress: Progress) -> list[str]:
+    """The known numbers of a progress event, such as `12/90`, `loss 1.234`, `160 tokens/s`, `1:05 left`."""
+    facts = []
+    if progress.step is not None:
+        facts.append(f"{progress.step}/{progress.total_steps}" if progress.total_steps else str(progress.step))
+    if progress.loss is not None:
+        facts.append(f"loss {progress.loss:.3f}")
+    if progress.eval_loss is not None:
+        facts.append(f"eval loss {progress.eval_loss:.3f}")
+    if progress.tokens_per_second is not None:
+        facts.append(f"{progress.tokens_per_second:.0f} tokens/s")
+    elif progress.examples_per_second is not None:
+        facts.append(f"{progress.examples_per_second:.1f}/s")
+    if progress.eta_seconds is not None:
+        minutes, seconds = divmod(round(progress.eta_seconds), 60)
+        facts.append(f"{minutes}:{seconds:02} left")
+    return facts
+
+
+def last_words(job: Job) -> str:
+    """How a job ended, in a line."""
+    if job.error is None:
+        return f"job {job.id} {job.state.value}"
+    return f"job {job.id} {job.state.value}: {job.error['message']} [{job.error['reason']}]"

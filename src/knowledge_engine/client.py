@@ -1,0 +1,368 @@
+"""A synchronous, typed client of the gRPC contract: ids in, `core` types out, errors as raised in the service.
+
+The command line, the demo and the README's Python lines use it. Resource names (`models/x/versions/3`) stay inside;
+a model is addressed as `base`, `x` (its newest version) or `x:3`. Knows nothing of the service's insides.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
+
+import grpc
+from google.protobuf.struct_pb2 import Struct
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from knowledge_engine.client_convert import (
+    completion_from_proto,
+    dataset_from_proto,
+    error_from_call,
+    event_from_proto,
+    generation_spec_to_proto,
+    job_from_proto,
+    model_from_proto,
+    model_resource,
+    training_spec_to_proto,
+    version_from_proto,
+    version_resource,
+)
+from knowledge_engine.core import (
+    Completion,
+    Dataset,
+    DatasetFormat,
+    DatasetKind,
+    GenerationSpec,
+    Job,
+    JobEvent,
+    Message,
+    Model,
+    ModelVersion,
+    TrainingSpec,
+)
+from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, NotFoundError, UpstreamError
+from knowledge_engine.settings import is_loopback, split_address
+from knowledge_engine.v1 import (
+    datasets_pb2,
+    datasets_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+)
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+SERVICES = ("JobService", "DatasetService", "ModelService", "InferenceService")
+UPLOAD_CHUNK_BYTES = 2**20  # well under gRPC's limit of 4 MiB for one message
+
+_Response = TypeVar("_Response")
+
+Messages = str | Sequence[Message | Mapping[str, str]]
+"""A question, or a whole conversation."""
+
+
+class Answer(NamedTuple):
+    text: str
+    completion: Completion
+
+
+class AnswerStream:
+    """An answer as it comes: iterate for its pieces of text; `completion` is set once they have ended.
+
+    Closing it, or leaving its `with`, cancels the call, and the service stops decoding.
+    """
+
+    def __init__(self, call: Any, error: Callable[[grpc.RpcError], KnowledgeEngineError]) -> None:
+        self._call = call
+        self._error = error
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for response in self._call:
+                if response.WhichOneof("payload") == "completion":
+                    self.completion = completion_from_proto(response.completion)
+                else:
+                    yield response.text_delta
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Client:
+    """One connection to a server.
+
+    Every method raises the class of `errors.py` that the service raised, with its reason, violations and retry hint;
+    UpstreamError SERVER_UNAVAILABLE when nothing answers.
+    """
+
+    def __init__(
+        self, server: str | None = None, api_key: str | None = None, *, timeout_seconds: float | None = 30
+    ) -> None:
+        """`server` is `host:port`, else KNOWLEDGE_SERVER, else 127.0.0.1:50051; `api_key` else KNOWLEDGE_API_KEY.
+
+        `timeout_seconds` bounds every call but uploads, watches and answers.
+        """
+        self.server = server or os.environ.get("KNOWLEDGE_SERVER") or DEFAULT_SERVER
+        key = api_key or os.environ.get("KNOWLEDGE_API_KEY")
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self._timeout_seconds = timeout_seconds
+        self._channel = grpc.insecure_channel(self.server, options=_channel_options(self.server))
+        self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
+        self._datasets = datasets_pb2_grpc.DatasetServiceStub(self._channel)
+        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def create_training_job(self, spec: TrainingSpec) -> Job:
+        """Queues a fine-tuning run; fields left at their default are left to the server."""
+        request = jobs_pb2.CreateTrainingJobRequest(spec=training_spec_to_proto(spec))
+        return job_from_proto(self._call(self._jobs.CreateTrainingJob, request).job)
+
+    def create_generation_job(self, spec: GenerationSpec) -> Job:
+        """Queues the generation of conversations; fields left at their default are left to the server."""
+        request = jobs_pb2.CreateGenerationJobRequest(spec=generation_spec_to_proto(spec))
+        return job_from_proto(self._call(self._jobs.CreateGenerationJob, request).job)
+
+    def get_job(self, job: str) -> Job:
+        return job_from_proto(self._call(self._jobs.GetJob, jobs_pb2.GetJobRequest(name=f"jobs/{job}")).job)
+
+    def list_jobs(self) -> Iterator[Job]:
+        """All jobs, newest first, a page at a time."""
+        token = ""
+        while True:
+            page = self._call(self._jobs.ListJobs, jobs_pb2.ListJobsRequest(page_token=token))
+            yield from map(job_from_proto, page.jobs)
+            if not (token := page.next_page_token):
+                return
+
+    def cancel_job(self, job: str) -> Job:
+        return job_from_proto(self._call(self._jobs.CancelJob, jobs_pb2.CancelJobRequest(name=f"jobs/{job}")).job)
+
+    def watch_job(self, job: str, after_sequence: int = 0, *, reconnect_seconds: float = 60) -> Iterator[JobEvent]:
+        """The job's events after `after_sequence`, then each new one, until the job's last.
+
+        A connection that breaks after it once stood is taken up again where it broke, for `reconnect_seconds`.
+        """
+        lost_at: float | None = None
+        connected = False
+        while True:
+            request = jobs_pb2.WatchJobRequest(name=f"jobs/{job}", after_sequence=after_sequence)
+            call = self._jobs.WatchJob(request, metadata=self._metadata)
+            try:
+                for response in call:
+                    event = event_from_proto(response.event)
+                    after_sequence, connected, lost_at = event.sequence, True, None
+                    yield event
+                    if event.is_last:
+                        return
+                if self.get_job(job).state.is_terminal:
+                    return
+            except (grpc.RpcError, UpstreamError) as error:
+                failure = self._error(error) if isinstance(error, grpc.RpcError) else error
+                lost_at = lost_at or time.monotonic()
+                over = time.monotonic() - lost_at > reconnect_seconds
+                if not connected or over or not isinstance(failure, UpstreamError):
+                    raise failure from None
+            finally:
+                call.cancel()
+            time.sleep(0.5)
+
+    # --- datasets -------------------------------------------------------------------------------------------------
+
+    def upload_dataset(
+        self,
+        name: str,
+        content: BinaryIO | bytes,
+        *,
+        kind: DatasetKind = DatasetKind.CONVERSATIONS,
+        format: DatasetFormat = DatasetFormat.JSONL,  # noqa: A002 - the contract's word
+    ) -> Dataset:
+        """Stores `content` under `name`; the same content again returns the stored dataset."""
+        metadata = datasets_pb2.UploadDatasetMetadata(
+            name=f"datasets/{name}",
+            kind=datasets_pb2.DatasetKind.Value(f"DATASET_KIND_{DatasetKind(kind).name}"),
+            format=datasets_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{DatasetFormat(format).name}"),
+        )
+        try:
+            response = self._datasets.UploadDataset(_upload(metadata, content), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        return dataset_from_proto(response.dataset)
+
+    def get_dataset(self, name: str) -> Dataset:
+        request = datasets_pb2.GetDatasetRequest(name=f"datasets/{name}")
+        return dataset_from_proto(self._call(self._datasets.GetDataset, request).dataset)
+
+    def list_datasets(self) -> Iterator[Dataset]:
+        """All datasets, newest first, a page at a time."""
+        token = ""
+        while True:
+            page = self._call(self._datasets.ListDatasets, datasets_pb2.ListDatasetsRequest(page_token=token))
+            yield from map(dataset_from_proto, page.datasets)
+            if not (token := page.next_page_token):
+                return
+
+    def delete_dataset(self, name: str) -> None:
+        self._call(self._datasets.DeleteDataset, datasets_pb2.DeleteDatasetRequest(name=f"datasets/{name}"))
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    def list_models(self) -> Iterator[Model]:
+        """All models by name, a page at a time."""
+        token = ""
+        while True:
+            page = self._call(self._models.ListModels, models_pb2.ListModelsRequest(page_token=token))
+            yield from map(model_from_proto, page.models)
+            if not (token := page.next_page_token):
+                return
+
+    def get_model(self, model: str) -> Model:
+        return model_from_proto(
+            self._call(self._models.GetModel, models_pb2.GetModelRequest(name=f"models/{model}")).model
+        )
+
+    def list_model_versions(self, model: str) -> Iterator[ModelVersion]:
+        """The versions of `model`, newest first, a page at a time."""
+        token = ""
+        while True:
+            request = models_pb2.ListModelVersionsRequest(parent=f"models/{model}", page_token=token)
+            page = self._call(self._models.ListModelVersions, request)
+            yield from map(version_from_proto, page.model_versions)
+            if not (token := page.next_page_token):
+                return
+
+    def get_model_version(self, model: str, version: int) -> ModelVersion:
+        request = models_pb2.GetModelVersionRequest(name=version_resource(model, version))
+        return version_from_proto(self._call(self._models.GetModelVersion, request).model_version)
+
+    def delete_model_version(self, model: str, version: int) -> None:
+        request = models_pb2.DeleteModelVersionRequest(name=version_resource(model, version))
+        self._call(self._models.DeleteModelVersion, request)
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, model: str, messages: Messages, *, timeout_seconds: float | None = None, **options: Any
+    ) -> Answer:
+        """One whole answer of `model` to `messages`.
+
+        `options` are the contract's: `context`, `max_tokens`, `temperature`, `top_p`, `top_k`, `stop`, `seed`; what
+        is left out or None takes the server's default. Passing `timeout_seconds` stops the decoding.
+        """
+        request = inference_pb2.GenerateRequest(input=_generation_input(model, messages, options))
+        try:
+            response = self._inference.Generate(request, metadata=self._metadata, timeout=timeout_seconds)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        return Answer(response.text, completion_from_proto(response.completion))
+
+    def stream_generate(
+        self, model: str, messages: Messages, *, timeout_seconds: float | None = None, **options: Any
+    ) -> AnswerStream:
+        """The same, piece by piece."""
+        request = inference_pb2.StreamGenerateRequest(input=_generation_input(model, messages, options))
+        call = self._inference.StreamGenerate(request, metadata=self._metadata, timeout=timeout_seconds)
+        return AnswerStream(call, self._error)
+
+    # --- health ---------------------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, str]:
+        """`SERVING` or `NOT_SERVING` under `""` (overall) and under each service's name."""
+        statuses = {"": self._check_health("")}
+        for service in SERVICES:
+            try:
+                statuses[service] = self._check_health(f"knowledge_engine.v1.{service}")
+            except NotFoundError:  # the server does not report on it
+                continue
+        return statuses
+
+    def _check_health(self, service: str) -> str:
+        response = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=service))
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+    def _call(self, method: Callable[..., _Response], request: object) -> _Response:
+        try:
+            return method(request, metadata=self._metadata, timeout=self._timeout_seconds)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+
+    def _error(self, error: grpc.RpcError) -> KnowledgeEngineError:
+        return error_from_call(error, self.server)
+
+
+def _channel_options(server: str) -> list[tuple[str, int]]:
+    options = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
+    try:
+        host, _ = split_address(server)
+    except ValueError:  # a gRPC target such as dns:///host
+        return options
+    # An outgoing proxy of the environment cannot reach this machine's own loopback.
+    return [*options, ("grpc.enable_http_proxy", 0)] if is_loopback(host) else options
+
+
+def _upload(
+    metadata: datasets_pb2.UploadDatasetMetadata, content: BinaryIO | bytes
+) -> Iterator[datasets_pb2.UploadDatasetRequest]:
+    yield datasets_pb2.UploadDatasetRequest(metadata=metadata)
+    for chunk in _chunks(content):
+        yield datasets_pb2.UploadDatasetRequest(chunk=chunk)
+
+
+def _chunks(content: BinaryIO | bytes) -> Iterable[bytes]:
+    if isinstance(content, bytes):
+        return (content[at : at + UPLOAD_CHUNK_BYTES] for at in range(0, len(content), UPLOAD_CHUNK_BYTES))
+    return iter(lambda: content.read(UPLOAD_CHUNK_BYTES), b"")
+
+
+_OPTIONS = frozenset({"context", "max_tokens", "temperature", "top_p", "top_k", "stop", "seed"})
+
+
+def _generation_input(model: str, messages: Messages, options: Mapping[str, Any]) -> inference_pb2.GenerationInput:
+    if unknown := options.keys() - _OPTIONS:
+        raise TypeError(f"unknown options {sorted(unknown)}; known are {sorted(_OPTIONS)}")
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    values = {key: value for key, value in options.items() if value is not None}
+    if (context := values.pop("context", None)) is not None:
+        values["context"] = Struct()
+        values["context"].update(context)
+    try:
+        return inference_pb2.GenerationInput(
+            model=model_resource(model),
+            messages=[
+                inference_pb2.Message(role=turn.role, content=turn.content)
+                if isinstance(turn, Message)
+                else inference_pb2.Message(role=turn["role"], content=turn["content"])
+                for turn in turns
+            ],
+            **values,
+        )
+    except ValueError as error:  # outside the field's width, such as max_tokens 2^40
+        raise InvalidSpecError(f"the request does not fit the contract: {error}") from None

@@ -1,0 +1,331 @@
+"""Proto messages into `core` types and specs into proto messages, as a client sees them; gRPC errors into `errors`.
+
+The counterpart of `server/convert.py` on the other end of the wire. Unset fields stay unset, so that a newer server
+applies its own defaults.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from knowledge_engine import core, errors
+from knowledge_engine.core import BASE
+from knowledge_engine.errors import KnowledgeEngineError, Reason, Violation
+from knowledge_engine.v1 import datasets_pb2, generation_pb2, inference_pb2, jobs_pb2, models_pb2, training_pb2
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def model_resource(model: str) -> str:
+    """`base` -> `base`, `x` -> `models/x`, `x:3` -> `models/x/versions/3`."""
+    if model == BASE:
+        return model
+    name, separator, version = model.partition(":")
+    return f"models/{name}/versions/{version}" if separator else f"models/{name}"
+
+
+def version_resource(model: str, version: int) -> str:
+    return f"models/{model}/versions/{version}"
+
+
+def _id(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _model_and_version(name: str) -> tuple[str, int | None]:
+    """`models/x/versions/3` is `("x", 3)`, `base` is `("base", None)`."""
+    parts = name.split("/")
+    return (parts[1], int(parts[3])) if len(parts) == 4 else (name, None)
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def job_from_proto(job: jobs_pb2.Job) -> core.Job:
+    is_training = job.WhichOneof("spec") == "training"
+    return core.Job(
+        id=_id(job.name),
+        kind=core.JobKind.TRAINING if is_training else core.JobKind.GENERATION,
+        state=_state(job.state),
+        spec=_training_spec(job.training) if is_training else _generation_spec(job.generation),
+        result=_result(job.result) if job.HasField("result") else None,
+        error=error_from_status(job.error).to_dict() if job.HasField("error") else None,
+        progress=_progress(job.progress) if job.HasField("progress") else None,
+        create_time=_time(job.create_time),
+        start_time=_time(job.start_time) if job.HasField("start_time") else None,
+        end_time=_time(job.end_time) if job.HasField("end_time") else None,
+        attempt=job.attempt,
+        creator=job.creator,
+        tracker_run=core.TrackerRun(id=job.tracker_run.id, url=job.tracker_run.url)
+        if job.HasField("tracker_run")
+        else None,
+        last_sequence=job.last_sequence,
+    )
+
+
+def event_from_proto(event: jobs_pb2.JobEvent) -> core.JobEvent:
+    return core.JobEvent(
+        job_id=_id(event.job),
+        sequence=event.sequence,
+        create_time=_time(event.create_time),
+        payload=_payload(event),
+    )
+
+
+def _payload(event: jobs_pb2.JobEvent) -> core.EventPayload:
+    match event.WhichOneof("payload"):
+        case "state_change":
+            change = event.state_change
+            error = error_from_status(change.error).to_dict() if change.HasField("error") else None
+            return core.StateChange(
+                state=_state(change.state), attempt=change.attempt, message=change.message, error=error
+            )
+        case "progress":
+            return _progress(event.progress)
+        case "log":
+            return core.LogLine(message=event.log.message)
+        case "warning":
+            return core.JobWarning(reason=event.warning.reason, message=event.warning.message)
+        case "result":
+            return core.ResultEvent(result=_result(event.result))
+        case unknown:
+            raise KnowledgeEngineError(f"the server sent an event this client does not know ({unknown})")
+
+
+def _state(state: jobs_pb2.JobState) -> core.JobState:
+    return core.JobState(jobs_pb2.JobState.Name(state).removeprefix("JOB_STATE_"))
+
+
+def _progress(progress: jobs_pb2.Progress) -> core.Progress:
+    values = _set_fields(progress)
+    if (eta := values.pop("eta", None)) is not None:
+        values["eta_seconds"] = _seconds(eta)
+    return core.Progress(**values)
+
+
+def _result(result: jobs_pb2.JobResult) -> core.TrainingResult | core.GenerationResult:
+    if result.WhichOneof("result") == "generation":
+        generated = result.generation
+        return core.GenerationResult(
+            dataset=_id(generated.dataset),
+            digest=generated.digest,
+            num_conversations=generated.num_conversations,
+            num_rejected=generated.num_rejected,
+            rejections=dict(generated.rejections),
+            provider=generated.provider,
+        )
+    trained = result.training
+    model, version = _model_and_version(trained.model_version)
+    return core.TrainingResult(
+        model=model,
+        version=version or 0,
+        digest=trained.digest,
+        train_loss=trained.train_loss,
+        comparison=_comparison(trained.comparison) if trained.HasField("comparison") else None,
+        num_steps=trained.num_steps,
+        num_tokens=trained.num_tokens,
+        tokens_per_second=trained.tokens_per_second,
+        training_seconds=_seconds(trained.training_time),
+        peak_memory_bytes=trained.peak_memory_bytes,
+    )
+
+
+def _comparison(comparison: training_pb2.HeldOutComparison) -> core.HeldOutComparison:
+    return core.HeldOutComparison(
+        base_loss=comparison.base_loss,
+        tuned_loss=comparison.tuned_loss,
+        num_conversations=comparison.num_conversations,
+        num_tokens=comparison.num_tokens,
+        precision=comparison.precision,
+    )
+
+
+# --- specs --------------------------------------------------------------------------------------------------------
+
+
+def training_spec_to_proto(spec: core.TrainingSpec) -> training_pb2.TrainingSpec:
+    """The fields that were set, and no other."""
+    values = spec.model_dump(exclude_unset=True, exclude_none=True)
+    values["dataset"] = f"datasets/{spec.dataset}"
+    values["model"] = f"models/{spec.model}"
+    if "lora" in values:
+        values["lora"] = training_pb2.LoraConfig(**values["lora"])
+    if "lr_scheduler_type" in values:
+        name = f"LR_SCHEDULER_TYPE_{spec.lr_scheduler_type.name}"
+        values["lr_scheduler_type"] = training_pb2.LrSchedulerType.Value(name)
+    return training_pb2.TrainingSpec(**values)
+
+
+def generation_spec_to_proto(spec: core.GenerationSpec) -> generation_pb2.GenerationSpec:
+    """The fields that were set, and no other."""
+    values = spec.model_dump(exclude_unset=True, exclude_none=True)
+    for field in ("catalogue", "dataset"):
+        if field in values:
+            values[field] = f"datasets/{values[field]}"
+    if "difficulty_level" in values:
+        name = f"DIFFICULTY_LEVEL_{spec.difficulty_level.name}"
+        values["difficulty_level"] = generation_pb2.DifficultyLevel.Value(name)
+    return generation_pb2.GenerationSpec(**values)
+
+
+def _training_spec(spec: training_pb2.TrainingSpec) -> core.TrainingSpec:
+    values = _set_fields(spec)
+    values["dataset"] = _id(spec.dataset)
+    values["model"] = _id(spec.model)
+    if "lora" in values:
+        values["lora"] = core.LoraConfig(**_set_fields(spec.lora))
+    _name_enum(values, "lr_scheduler_type", training_pb2.LrSchedulerType)
+    return core.TrainingSpec(**values)
+
+
+def _generation_spec(spec: generation_pb2.GenerationSpec) -> core.GenerationSpec:
+    values = _set_fields(spec)
+    for field in ("catalogue", "dataset"):
+        if field in values:
+            values[field] = _id(values[field])
+    _name_enum(values, "difficulty_level", generation_pb2.DifficultyLevel)
+    return core.GenerationSpec(**values)
+
+
+def _name_enum(values: dict[str, Any], field: str, enum: Any) -> None:
+    """Replaces the number of an enum field, which is named as its type, by the word that `core` uses."""
+    if field in values:
+        values[field] = enum.Name(values[field]).removeprefix(f"{field.upper()}_").lower()
+
+
+def _set_fields(message: ProtoMessage) -> dict[str, Any]:
+    return {field.name: tuple(value) if field.is_repeated else value for field, value in message.ListFields()}
+
+
+# --- datasets, models, answers ------------------------------------------------------------------------------------
+
+
+def dataset_from_proto(dataset: datasets_pb2.Dataset) -> core.Dataset:
+    return core.Dataset(
+        name=_id(dataset.name),
+        kind=core.DatasetKind(datasets_pb2.DatasetKind.Name(dataset.kind).removeprefix("DATASET_KIND_").lower()),
+        digest=dataset.digest,
+        num_rows=dataset.num_rows,
+        size_bytes=dataset.size_bytes,
+        create_time=_time(dataset.create_time),
+        parents=tuple(dataset.parents),
+        job_id=_id(dataset.job),
+    )
+
+
+def model_from_proto(model: models_pb2.Model) -> core.Model:
+    return core.Model(
+        name=_id(model.name),
+        create_time=_time(model.create_time),
+        latest_version=version_from_proto(model.latest_version) if model.HasField("latest_version") else None,
+        num_versions=model.num_versions,
+    )
+
+
+def version_from_proto(version: models_pb2.ModelVersion) -> core.ModelVersion:
+    model, number = _model_and_version(version.name)
+    return core.ModelVersion(
+        model=model,
+        version=number or 0,
+        digest=version.digest,
+        base_model=version.base_model,
+        base_digest=version.base_digest,
+        dataset_digest=version.dataset_digest,
+        chat_template_digest=version.chat_template_digest,
+        job_id=_id(version.job),
+        spec=_training_spec(version.spec),
+        comparison=_comparison(version.comparison) if version.HasField("comparison") else None,
+        training_precision=version.training_precision,
+        size_bytes=version.size_bytes,
+        create_time=_time(version.create_time),
+    )
+
+
+def completion_from_proto(completion: inference_pb2.Completion) -> core.Completion:
+    model, version = _model_and_version(completion.model)
+    reason = inference_pb2.FinishReason.Name(completion.finish_reason)
+    return core.Completion(
+        finish_reason=core.FinishReason(reason.removeprefix("FINISH_REASON_").lower()),
+        prompt_tokens=completion.usage.prompt_tokens,
+        completion_tokens=completion.usage.completion_tokens,
+        model=model,
+        version=version,
+        digest=completion.digest,
+        time_to_first_token_seconds=_seconds(completion.time_to_first_token),
+        total_seconds=_seconds(completion.total_time),
+    )
+
+
+def _time(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+_KINDS: dict[grpc.StatusCode, type[KnowledgeEngineError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidSpecError,
+    grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExistsError,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.StateError,
+    grpc.StatusCode.ABORTED: errors.ConflictError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: errors.AccessError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.CapacityError,
+    grpc.StatusCode.UNAVAILABLE: errors.UpstreamError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.UpstreamError,
+    grpc.StatusCode.DATA_LOSS: errors.IntegrityError,
+}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def error_from_call(error: grpc.RpcError, server: str) -> KnowledgeEngineError:
+    """A failed call as the error the service raised, or as UpstreamError where no service answered."""
+    assert isinstance(error, grpc.Call)
+    if (status := rpc_status.from_call(error)) is not None:
+        converted = error_from_status(status)
+        trailing = {str(key): value for key, value in error.trailing_metadata() or ()}
+        if converted.reason is Reason.INTERNAL and "x-request-id" in trailing:
+            converted.metadata["request_id"] = str(trailing["x-request-id"])
+        return converted
+    code, details = error.code(), error.details()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        message = f"nothing answers at {server}; `knowledge-engine serve` starts the service"
+        return errors.UpstreamError(message, reason=Reason.SERVER_UNAVAILABLE, server=server)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        message = f"{server} did not answer in time"
+        return errors.UpstreamError(message, reason=Reason.SERVER_UNAVAILABLE, server=server)
+    return _KINDS.get(code, KnowledgeEngineError)(f"{details or 'the call failed'} ({code.name})")
+
+
+def error_from_status(status: status_pb2.Status) -> KnowledgeEngineError:
+    """A google.rpc.Status with ErrorInfo, BadRequest and RetryInfo as one of our errors.
+
+    A reason that only a newer server knows becomes the class's default reason, the word itself stays in the metadata.
+    """
+    info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for known in (info, request, retry):
+            if detail.Is(known.DESCRIPTOR):
+                detail.Unpack(known)
+    kind = _KINDS.get(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), KnowledgeEngineError)
+    known_reason = info.reason in Reason.__members__
+    error = kind(
+        status.message,
+        reason=Reason(info.reason) if known_reason else None,
+        violations=[Violation(item.field, item.description) for item in request.field_violations],
+        retry_after_seconds=_seconds(retry.retry_delay) if retry.HasField("retry_delay") else None,
+    )
+    error.metadata = dict(info.metadata) | ({} if known_reason or not info.reason else {"reason": info.reason})
+    return error

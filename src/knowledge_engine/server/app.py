@@ -1,0 +1,216 @@
+"""The composition root of the control process: builds every object, serves, drains on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from knowledge_engine.datasets import Datasets
+from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
+from knowledge_engine.inference.client import EngineClient, socket_path
+from knowledge_engine.jobs import Jobs
+from knowledge_engine.registry import Registry
+from knowledge_engine.server.services import (
+    DatasetServicer,
+    InferenceServicer,
+    JobServicer,
+    ModelServicer,
+    Texts,
+)
+from knowledge_engine.server.status import Guard
+from knowledge_engine.settings import Settings, load_settings, split_address
+from knowledge_engine.state import State
+from knowledge_engine.v1 import (
+    datasets_pb2,
+    datasets_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+)
+
+_LOG = logging.getLogger(__name__)
+
+INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+SERVICES = (
+    *(
+        descriptor.services_by_name[name].full_name
+        for descriptor, name in (
+            (jobs_pb2.DESCRIPTOR, "JobService"),
+            (datasets_pb2.DESCRIPTOR, "DatasetService"),
+            (models_pb2.DESCRIPTOR, "ModelService"),
+        )
+    ),
+    INFERENCE_SERVICE,
+)
+
+_HEALTH_SECONDS = 0.25
+_OPTIONS = (
+    # A second server on the same port must fail, not share it.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 12 * 2**20),
+    ("grpc.max_send_message_length", 64 * 2**20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+class RunningServer:
+    """A started server; `port` is the real one. Closed by `stop` or at the end of `async with`."""
+
+    def __init__(self, settings: Settings, server: grpc.aio.Server, port: int, state: State, jobs: Jobs) -> None:
+        self.port = port
+        self._settings = settings
+        self._server = server
+        self._state = state
+        self._jobs = jobs
+        self.engine: EngineClient
+        self.health: HealthServicer
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def address(self) -> str:
+        host, _ = split_address(self._settings.grpc_address)
+        return f"{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    async def stop(self) -> None:
+        """Health off, calls drained, jobs queued again, everything closed."""
+        await self.health.enter_graceful_shutdown()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(self._server.stop(self._settings.drain_seconds), self._jobs.stop())
+        await self.engine.close()
+        await asyncio.to_thread(self._state.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+async def start_server(settings: Settings) -> RunningServer:
+    """Opens the store, binds the port and serves.
+
+    Raises:
+        InvalidSpecError: SETTINGS_INVALID, when the address cannot be bound.
+        StateError: SERVER_RUNNING, when another server uses the data directory.
+        IntegrityError: STATE_NEWER.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state = await asyncio.to_thread(State.open, settings.state_url)
+    registry = Registry(settings.data_dir / "models")
+    datasets = Datasets(settings.data_dir / "datasets", state)
+    engine = EngineClient(socket_path(settings))
+    jobs = Jobs(settings, state, registry.discard_stage)
+    texts = Texts(settings)
+    server = grpc.aio.server(interceptors=[Guard(settings.keys)], options=_OPTIONS)
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(settings, jobs, state, datasets, texts), server)
+    datasets_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(settings, datasets), server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(registry, engine), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(registry, engine, texts), server)
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if settings.reflection:
+        _add_reflection(server)
+    try:
+        await jobs.start()
+        port = _bind(server, settings)
+        await server.start()
+    except BaseException:
+        await jobs.stop()
+        state.close()
+        raise
+    running = RunningServer(settings, server, port, state, jobs)
+    running.engine, running.health = engine, health
+    await engine.start()
+    await _publish_health(health, engine)
+    running._tasks.append(asyncio.create_task(_follow_health(health, engine)))
+    return running
+
+
+def _bind(server: grpc.aio.Server, settings: Settings) -> int:
+    try:
+        return server.add_insecure_port(settings.grpc_address)
+    except RuntimeError:
+        raise InvalidSpecError(
+            f"KNOWLEDGE_GRPC_ADDRESS: {settings.grpc_address} cannot be bound; it is taken or not of this machine",
+            reason=Reason.SETTINGS_INVALID,
+            address=settings.grpc_address,
+        ) from None
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    """Serves v1alpha through the library, and v1, which has the same messages, through the same servicer."""
+    names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    servicer = reflection.aio.ReflectionServicer(names)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": method})]
+    )
+
+
+async def _publish_health(health: HealthServicer, engine: EngineClient) -> None:
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    for name in ("", *SERVICES):
+        ready = name != INFERENCE_SERVICE or engine.status.state == "ready"
+        await health.set(name, serving if ready else not_serving)
+
+
+async def _follow_health(health: HealthServicer, engine: EngineClient) -> None:
+    known: Any = engine.status.state
+    while True:
+        await asyncio.sleep(_HEALTH_SECONDS)
+        if engine.status.state != known:
+            known = engine.status.state
+            _LOG.info("engine: %s %s", known, engine.status.detail)
+            await _publish_health(health, engine)
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT; prints the real address as one JSON line once it is ready."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    running = await start_server(settings)
+    print(json.dumps({"grpc_address": running.address}), flush=True)  # noqa: T201
+    await stopping.wait()
+    _LOG.info("stopping")
+    # A handler that swallows its cancellation must not keep the process alive.
+    loop = asyncio.get_running_loop()
+    watchdog = loop.call_later(2 * settings.drain_seconds + 5, os._exit, 1)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running.stop()
+    watchdog.cancel()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    os.umask(0o077)
+    try:
+        asyncio.run(serve(load_settings()))
+    except KnowledgeEngineError as error:
+        raise SystemExit(f"{error.message}") from None

@@ -1,0 +1,365 @@
+"""Thin servicers: convert, call, convert. What blocks runs in a thread; nothing here decides anything twice."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import IO, Any
+
+from knowledge_engine import bases, core
+from knowledge_engine.bases import Base
+from knowledge_engine.catalogue import demo_catalogue
+from knowledge_engine.datasets import Datasets
+from knowledge_engine.errors import InvalidSpecError, Reason, StateError, UpstreamError, Violation
+from knowledge_engine.generation.planner import check_topics
+from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
+from knowledge_engine.jobs import Jobs
+from knowledge_engine.registry import Registry
+from knowledge_engine.server import convert
+from knowledge_engine.server.status import CALLER
+from knowledge_engine.settings import Settings
+from knowledge_engine.state import State
+from knowledge_engine.text import ChatText, encode_conversations, with_context
+from knowledge_engine.v1 import (
+    datasets_pb2,
+    datasets_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+)
+
+DEMO_CATALOGUE = "demo-catalogue"
+DEFAULT_MAX_TOKENS = 500
+DEFAULT_MAX_LENGTH = 2048
+
+
+class Texts:
+    """The chat texts of the bases, loaded once each."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loaded: dict[str, ChatText] = {}
+
+    def get(self, name: str) -> tuple[Base, ChatText]:
+        """Blocks. Raises InvalidSpecError: BASE_MODEL_UNKNOWN; UpstreamError: BASE_MODEL_LOADING."""
+        base = bases.get_base(self._settings, name)
+        if base.digest not in self._loaded:
+            self._loaded[base.digest] = ChatText.load(base)
+        return base, self._loaded[base.digest]
+
+
+class JobServicer(jobs_pb2_grpc.JobServiceServicer):
+    def __init__(self, settings: Settings, jobs: Jobs, state: State, datasets: Datasets, texts: Texts) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._state = state
+        self._datasets = datasets
+        self._texts = texts
+
+    async def CreateTrainingJob(  # noqa: N802
+        self, request: jobs_pb2.CreateTrainingJobRequest, context: Any
+    ) -> jobs_pb2.CreateTrainingJobResponse:
+        spec = convert.training_spec(request.spec)
+        await asyncio.to_thread(self._check_training, spec)
+        job = await self._jobs.submit(spec, CALLER.get())
+        return jobs_pb2.CreateTrainingJobResponse(job=convert.job(job))
+
+    async def CreateGenerationJob(  # noqa: N802
+        self, request: jobs_pb2.CreateGenerationJobRequest, context: Any
+    ) -> jobs_pb2.CreateGenerationJobResponse:
+        spec = await asyncio.to_thread(self._completed, convert.generation_spec(request.spec))
+        job = await self._jobs.submit(spec, CALLER.get())
+        return jobs_pb2.CreateGenerationJobResponse(job=convert.job(job))
+
+    async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Any) -> jobs_pb2.GetJobResponse:  # noqa: N802
+        job = await self._jobs.get(convert.parse_name(request.name, "jobs"))
+        return jobs_pb2.GetJobResponse(job=convert.job(job))
+
+    async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Any) -> jobs_pb2.ListJobsResponse:  # noqa: N802
+        page = convert.page(request.page_size, request.page_token)
+        jobs, after = await asyncio.to_thread(self._state.list_jobs, page)
+        return jobs_pb2.ListJobsResponse(jobs=map(convert.job, jobs), next_page_token=convert.page_token(after))
+
+    async def CancelJob(  # noqa: N802
+        self, request: jobs_pb2.CancelJobRequest, context: Any
+    ) -> jobs_pb2.CancelJobResponse:
+        job = await self._jobs.cancel(convert.parse_name(request.name, "jobs"))
+        return jobs_pb2.CancelJobResponse(job=convert.job(job))
+
+    async def WatchJob(  # noqa: N802
+        self, request: jobs_pb2.WatchJobRequest, context: Any
+    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        job_id = convert.parse_name(request.name, "jobs")
+        if request.after_sequence < 0:
+            raise _invalid("after_sequence", "must not be negative")
+        async with aclosing(self._jobs.watch(job_id, request.after_sequence)) as events:
+            async for event in events:
+                yield jobs_pb2.WatchJobResponse(event=convert.job_event(event))
+
+    def _check_training(self, spec: core.TrainingSpec) -> None:
+        """Refuses before anything is stored what could only fail later."""
+        dataset = self._datasets.get(spec.dataset)
+        if dataset.kind is not core.DatasetKind.CONVERSATIONS:
+            raise _wrong_kind("spec.dataset", dataset, core.DatasetKind.CONVERSATIONS)
+        if spec.base_model not in bases.base_names(self._settings):
+            bases.get_base(self._settings, spec.base_model)  # raises, naming what there is
+        try:
+            base, text = self._texts.get(spec.base_model)
+        except UpstreamError:
+            return  # not prepared yet: the worker prepares it and checks the same
+        encode_conversations(
+            self._datasets.conversations(spec.dataset),
+            text,
+            spec.max_length or min(DEFAULT_MAX_LENGTH, base.context_length),
+        )
+
+    def _completed(self, spec: core.GenerationSpec) -> core.GenerationSpec:
+        """The spec with its catalogue and dataset named, both checked."""
+        if spec.catalogue:
+            catalogue = self._datasets.get(spec.catalogue)
+            if catalogue.kind is not core.DatasetKind.CATALOGUE:
+                raise _wrong_kind("spec.catalogue", catalogue, core.DatasetKind.CATALOGUE)
+        else:
+            newest = self._datasets.newest(core.DatasetKind.CATALOGUE)
+            catalogue = newest or self._store_demo_catalogue()
+        check_topics(self._datasets.products(catalogue.name), spec.topics)
+        name = spec.dataset or f"conversations-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+        return spec.model_copy(update={"catalogue": catalogue.name, "dataset": name})
+
+    def _store_demo_catalogue(self) -> core.Dataset:
+        with demo_catalogue().open("rb") as file:
+            return self._datasets.store(DEMO_CATALOGUE, core.DatasetKind.CATALOGUE, core.DatasetFormat.JSONL, file)
+
+
+class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
+    def __init__(self, settings: Settings, datasets: Datasets) -> None:
+        self._datasets = datasets
+        self._uploads = settings.data_dir / "uploads"
+
+    async def UploadDataset(  # noqa: N802
+        self, request_iterator: AsyncIterator[datasets_pb2.UploadDatasetRequest], context: Any
+    ) -> datasets_pb2.UploadDatasetResponse:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("payload") != "metadata":
+            raise _invalid("metadata", "must come first")
+        name, kind, format_ = convert.upload_metadata(first.metadata)
+        if kind is not core.DatasetKind.CATALOGUE and format_ is core.DatasetFormat.CSV:
+            raise _invalid("metadata.format", "only catalogues may be CSV")
+        self._uploads.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=self._uploads) as spool:
+            await _receive(request_iterator, spool)
+            dataset = await asyncio.to_thread(self._datasets.store, name, kind, format_, spool)
+        return datasets_pb2.UploadDatasetResponse(dataset=convert.dataset(dataset))
+
+    async def GetDataset(  # noqa: N802
+        self, request: datasets_pb2.GetDatasetRequest, context: Any
+    ) -> datasets_pb2.GetDatasetResponse:
+        dataset = await asyncio.to_thread(self._datasets.get, convert.parse_name(request.name, "datasets"))
+        return datasets_pb2.GetDatasetResponse(dataset=convert.dataset(dataset))
+
+    async def ListDatasets(  # noqa: N802
+        self, request: datasets_pb2.ListDatasetsRequest, context: Any
+    ) -> datasets_pb2.ListDatasetsResponse:
+        page = convert.page(request.page_size, request.page_token)
+        datasets, after = await asyncio.to_thread(self._datasets.list, page)
+        return datasets_pb2.ListDatasetsResponse(
+            datasets=map(convert.dataset, datasets), next_page_token=convert.page_token(after)
+        )
+
+    async def DeleteDataset(  # noqa: N802
+        self, request: datasets_pb2.DeleteDatasetRequest, context: Any
+    ) -> datasets_pb2.DeleteDatasetResponse:
+        await asyncio.to_thread(self._datasets.delete, convert.parse_name(request.name, "datasets"))
+        return datasets_pb2.DeleteDatasetResponse()
+
+
+class ModelServicer(models_pb2_grpc.ModelServiceServicer):
+    def __init__(self, registry: Registry, engine: EngineClient) -> None:
+        self._registry = registry
+        self._engine = engine
+
+    async def ListModels(  # noqa: N802
+        self, request: models_pb2.ListModelsRequest, context: Any
+    ) -> models_pb2.ListModelsResponse:
+        page = convert.page(request.page_size, request.page_token)
+        models, after = await asyncio.to_thread(self._registry.list_models, page)
+        return models_pb2.ListModelsResponse(
+            models=map(convert.model, models), next_page_token=convert.page_token(after)
+        )
+
+    async def GetModel(self, request: models_pb2.GetModelRequest, context: Any) -> models_pb2.GetModelResponse:  # noqa: N802
+        model = await asyncio.to_thread(self._registry.get_model, convert.parse_name(request.name, "models"))
+        return models_pb2.GetModelResponse(model=convert.model(model))
+
+    async def ListModelVersions(  # noqa: N802
+        self, request: models_pb2.ListModelVersionsRequest, context: Any
+    ) -> models_pb2.ListModelVersionsResponse:
+        name = convert.parse_name(request.parent, "models", field="parent")
+        page = convert.page(request.page_size, request.page_token)
+        versions, after = await asyncio.to_thread(self._registry.list_versions, name, page)
+        return models_pb2.ListModelVersionsResponse(
+            model_versions=map(convert.model_version, versions), next_page_token=convert.page_token(after)
+        )
+
+    async def GetModelVersion(  # noqa: N802
+        self, request: models_pb2.GetModelVersionRequest, context: Any
+    ) -> models_pb2.GetModelVersionResponse:
+        version = await asyncio.to_thread(self._registry.get, *convert.parse_version_name(request.name))
+        return models_pb2.GetModelVersionResponse(model_version=convert.model_version(version))
+
+    async def DeleteModelVersion(  # noqa: N802
+        self, request: models_pb2.DeleteModelVersionRequest, context: Any
+    ) -> models_pb2.DeleteModelVersionResponse:
+        version = await asyncio.to_thread(self._registry.delete, *convert.parse_version_name(request.name))
+        await self._engine.unload(version.digest)
+        return models_pb2.DeleteModelVersionResponse()
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, registry: Registry, engine: EngineClient, texts: Texts) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._texts = texts
+        self._verified: set[str] = set()
+
+    async def Generate(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> inference_pb2.GenerateResponse:
+        response = inference_pb2.GenerateResponse()
+        async with aclosing(self._answer(convert.generation_input(request.input))) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    response.text += piece
+                else:
+                    response.completion.CopyFrom(convert.completion(piece))
+        return response
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: inference_pb2.StreamGenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
+        async with aclosing(self._answer(convert.generation_input(request.input))) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    yield inference_pb2.StreamGenerateResponse(text_delta=piece)
+                else:
+                    yield inference_pb2.StreamGenerateResponse(completion=convert.completion(piece))
+
+    async def _answer(self, asked: core.GenerationInput) -> AsyncGenerator[str | core.Completion]:
+        """Text deltas, then the facts. Closing the iterator stops the decoding."""
+        received = time.monotonic()
+        answerer, request = await asyncio.to_thread(self._prepare, asked)
+        first: float | None = None
+        async with aclosing(self._engine.generate(request)) as pieces:
+            async for piece in pieces:
+                now = time.monotonic() - received
+                if isinstance(piece, TextDelta):
+                    first = now if first is None else first
+                    yield piece.text
+                elif isinstance(piece, Finished):
+                    yield core.Completion(
+                        finish_reason=piece.finish_reason,
+                        prompt_tokens=piece.prompt_tokens,
+                        completion_tokens=piece.completion_tokens,
+                        model=asked.model,
+                        version=answerer.version if isinstance(answerer, core.ModelVersion) else None,
+                        digest=answerer.digest,
+                        time_to_first_token_seconds=now if first is None else first,
+                        total_seconds=now,
+                    )
+
+    def _prepare(self, asked: core.GenerationInput) -> tuple[core.ModelVersion | Base, EngineRequest]:
+        """Who answers, and what it is asked; blocks."""
+        version = None if asked.model == core.BASE else self._registry.resolve(asked.model, asked.version)
+        base, text = self._texts.get(core.BASE)
+        adapter = None
+        if version is not None:
+            self._check_servable(version, base, text)
+            adapter = Adapter(digest=version.digest, folder=self._registry.folder(version.model, version.version))
+        prompt = _encode(asked, base, text)
+        left = base.context_length - len(prompt)
+        wanted = asked.max_tokens or min(DEFAULT_MAX_TOKENS, left)
+        if left < 1 or wanted > left:
+            raise _too_long(len(prompt), wanted, base.context_length)
+        sampling = core.SamplingParams(
+            max_tokens=wanted,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=asked.top_k,
+            stop=asked.stop,
+            seed=asked.seed,
+        )
+        return version or base, EngineRequest(
+            prompt_token_ids=prompt, sampling=sampling, stop_token_ids=sorted(text.stop_token_ids), adapter=adapter
+        )
+
+    def _check_servable(self, version: core.ModelVersion, base: Base, text: ChatText) -> None:
+        if version.base_digest != base.digest or version.chat_template_digest != text.template_digest:
+            raise StateError(
+                f"version {version.version} of {version.model!r} was trained on base {version.base_model!r} "
+                f"({version.base_digest[:19]}), this engine serves {base.source} ({base.digest[:19]})",
+                reason=Reason.BASE_MODEL_NOT_SERVED,
+                model=version.model,
+                version=version.version,
+                base_model=version.base_model,
+            )
+        if version.digest not in self._verified:
+            self._registry.verify(version.model, version.version)
+            self._verified.add(version.digest)
+
+
+def _encode(asked: core.GenerationInput, base: Base, text: ChatText) -> list[int]:
+    messages = with_context(asked.messages, asked.context)
+    # No token stands for more characters than this; counting them first keeps a huge prompt from being encoded.
+    characters = sum(len(message.content) for message in messages)
+    if characters > base.context_length * 64:
+        raise _too_long(characters // 64, 1, base.context_length)
+    return text.encode_prompt(messages)
+
+
+def _too_long(prompt_tokens: int, max_tokens: int, context_length: int) -> InvalidSpecError:
+    return InvalidSpecError(
+        f"the prompt has at least {prompt_tokens} tokens; with {max_tokens} more it exceeds the base's context of "
+        f"{context_length}",
+        reason=Reason.PROMPT_TOO_LONG,
+        violations=[Violation("input.messages", "too long for the base's context together with max_tokens")],
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        context_length=context_length,
+    )
+
+
+async def _receive(requests: AsyncIterator[datasets_pb2.UploadDatasetRequest], spool: IO[bytes]) -> None:
+    size = 0
+    async for request in requests:
+        if request.WhichOneof("payload") != "chunk":
+            raise _invalid("metadata", "must come once")
+        size += len(request.chunk)
+        if size > core.MAX_UPLOAD_BYTES:
+            raise InvalidSpecError(
+                f"an upload holds at most {core.MAX_UPLOAD_BYTES} bytes",
+                reason=Reason.DATASET_TOO_LARGE,
+                limit_bytes=core.MAX_UPLOAD_BYTES,
+            )
+        await asyncio.to_thread(spool.write, request.chunk)
+    await asyncio.to_thread(spool.seek, 0)
+
+
+def _wrong_kind(field: str, dataset: core.Dataset, wanted: core.DatasetKind) -> InvalidSpecError:
+    return InvalidSpecError(
+        f"{field}: dataset {dataset.name!r} holds {dataset.kind}, not {wanted}",
+        reason=Reason.DATASET_KIND_WRONG,
+        violations=[Violation(field, f"holds {dataset.kind}, not {wanted}")],
+        dataset=dataset.name,
+        kind=dataset.kind,
+    )
+
+
+def _invalid(field: str, description: str) -> InvalidSpecError:
+    return InvalidSpecError(f"{field} {description}", violations=[Violation(field, description)])

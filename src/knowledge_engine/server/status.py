@@ -1,0 +1,181 @@
+"""Errors become `google.rpc.Status`: one ErrorInfo each, field violations and retry hints where they apply.
+
+`Guard` is the one interceptor. It checks the caller's key, gives every call a request id, and maps whatever a handler
+raises, before the first message of a stream and after it. What is unexpected reaches the log, never the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from knowledge_engine import errors
+from knowledge_engine.errors import AuthenticationError, KnowledgeEngineError, Reason
+
+DOMAIN = "knowledge-engine"
+_LOG = logging.getLogger(__name__)
+
+# The most specific class wins; see the table of the tree in `errors.py`.
+CODES: Mapping[type[KnowledgeEngineError], grpc.StatusCode] = {
+    errors.InvalidSpecError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.StateError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ConflictError: grpc.StatusCode.ABORTED,
+    errors.AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.AccessError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.CapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UpstreamError: grpc.StatusCode.UNAVAILABLE,
+    errors.IntegrityError: grpc.StatusCode.DATA_LOSS,
+    errors.CredentialsError: grpc.StatusCode.INTERNAL,
+    errors.KnowledgeEngineError: grpc.StatusCode.INTERNAL,
+}
+
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+"""Name of the API key of the call being served; empty without keys."""
+
+_MAX_VIOLATION_BYTES = 3000
+_MAX_MESSAGE_CHARACTERS = 1000
+_HEALTH = "/grpc.health.v1.Health/"
+
+
+def to_status(error: KnowledgeEngineError) -> status_pb2.Status:
+    """The error as callers see it."""
+    code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    packed = [_packed(error_details_pb2.ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=error.metadata))]
+    if error.violations:
+        bad_request = error_details_pb2.BadRequest()
+        for item in error.violations:
+            # Details travel in trailing metadata, which peers cut off at 8 KiB.
+            if bad_request.ByteSize() + len(item.description) > _MAX_VIOLATION_BYTES:
+                break
+            bad_request.field_violations.add(field=item.field, description=item.description)
+        packed.append(_packed(bad_request))
+    if error.retry_after_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
+        packed.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status_pb2.Status(code=code.value[0], message=error.message[:_MAX_MESSAGE_CHARACTERS], details=packed)
+
+
+def _packed(detail: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Authentication, request ids and error mapping for every method; health alone needs no key."""
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self._keys = {name: key.encode() for name, key in keys.items()}
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(_HEALTH):
+            return handler
+        sent = handler_call_details.invocation_metadata or ()
+        metadata = {key: value for key, value in sent if isinstance(value, str)}
+        if handler.response_streaming:
+            return _with(handler, self._stream(handler.unary_stream or handler.stream_stream, metadata))
+        return _with(handler, self._unary(handler.unary_unary or handler.stream_unary, metadata))
+
+    def _unary(self, behaviour: Any, metadata: Mapping[str, str]) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            request_id = self._enter(context, metadata)
+            try:
+                CALLER.set(self._caller(metadata))
+                return await behaviour(request, context)
+            except BaseException as error:
+                await _abort(context, error, request_id)
+
+        return call
+
+    def _stream(self, behaviour: Any, metadata: Mapping[str, str]) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            request_id = self._enter(context, metadata)
+            responses: Any = None
+            try:
+                CALLER.set(self._caller(metadata))
+                responses = behaviour(request, context)
+                if hasattr(responses, "__aiter__"):
+                    async for response in responses:
+                        yield response
+                else:  # reflection's servicer is a plain generator
+                    for response in responses:
+                        yield response
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                await _abort(context, error, request_id)
+            finally:
+                if hasattr(responses, "aclose"):
+                    await responses.aclose()
+
+        return call
+
+    def _enter(self, context: grpc.aio.ServicerContext[Any, Any], metadata: Mapping[str, str]) -> str:
+        given = metadata.get("x-request-id", "")
+        request_id = given if given.isascii() and given.isprintable() and 0 < len(given) <= 64 else secrets.token_hex(8)
+        context.set_trailing_metadata((("x-request-id", request_id),))
+        return request_id
+
+    def _caller(self, metadata: Mapping[str, str]) -> str:
+        if not self._keys:
+            return ""
+        scheme, _, token = metadata.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else metadata.get("x-api-key", "")
+        if not given:
+            raise AuthenticationError(
+                "send an API key: metadata `authorization: Bearer KEY`", reason=Reason.API_KEY_MISSING
+            )
+        # Every key is compared, so that the time taken tells nothing.
+        matches = [name for name, key in self._keys.items() if hmac.compare_digest(key, given.encode())]
+        if not matches:
+            raise AuthenticationError("this API key is not known here", reason=Reason.API_KEY_INVALID)
+        return matches[0]
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException, request_id: str) -> None:
+    """Ends the call with the error's status; raises in every case."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, asyncio.CancelledError):
+        raise error
+    if not isinstance(error, KnowledgeEngineError):
+        if not isinstance(error, Exception):
+            raise error
+        _LOG.error("request %s failed unexpectedly", request_id, exc_info=error)
+        error = KnowledgeEngineError(
+            f"something unexpected went wrong; the server's log knows it as request {request_id}",
+            reason=Reason.INTERNAL,
+            request_id=request_id,
+        )
+    elif isinstance(error, errors.IntegrityError | errors.CredentialsError):
+        _LOG.error("request %s: %s", request_id, error.message)
+    status = to_status(error)
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    context.set_trailing_metadata(
+        (("x-request-id", request_id), ("grpc-status-details-bin", status.SerializeToString()))
+    )
+    await context.abort(code, status.message)
+
+
+def _with(handler: Any, behaviour: Any) -> Any:
+    kinds = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    make = kinds[handler.request_streaming, handler.response_streaming]
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)

@@ -1,0 +1,621 @@
+"""The truth about jobs, their events and datasets, in SQLite (or any database SQLAlchemy speaks). The only sqlalchemy.
+
+Every method is one transaction; all of them block, so the server calls them off its event loop. A worker's writes carry
+its attempt number, and one that is not the current attempt of a live job is refused (`ATTEMPT_SUPERSEDED`). Events are
+numbered inside the transaction that changes the job, so the log has no gap and a terminal state is its last entry.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import sqlalchemy as sa
+from pydantic import BaseModel, TypeAdapter
+from sqlalchemy import event as sa_event
+from sqlalchemy.exc import OperationalError
+
+from knowledge_engine.core import (
+    LEGAL_TRANSITIONS,
+    MAX_QUEUED_JOBS,
+    TERMINAL_STATES,
+    Dataset,
+    DatasetKind,
+    EventPayload,
+    GenerationSpec,
+    Job,
+    JobEvent,
+    JobKind,
+    JobResult,
+    JobSpec,
+    JobState,
+    Page,
+    Progress,
+    ResultEvent,
+    StateChange,
+    TrackerRun,
+    TrainingSpec,
+    utc_now,
+)
+from knowledge_engine.errors import (
+    AlreadyExistsError,
+    CapacityError,
+    ConflictError,
+    IntegrityError,
+    InvalidSpecError,
+    KnowledgeEngineError,
+    NotFoundError,
+    Reason,
+    StateError,
+    UpstreamError,
+)
+
+_BUSY_TIMEOUT_SECONDS = 10
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+_PAYLOAD: TypeAdapter[EventPayload] = TypeAdapter(EventPayload)
+_RESULT: TypeAdapter[JobResult] = TypeAdapter(JobResult)
+_SPECS: dict[JobKind, type[TrainingSpec] | type[GenerationSpec]] = {
+    JobKind.TRAINING: TrainingSpec,
+    JobKind.GENERATION: GenerationSpec,
+}
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class _Time(sa.types.TypeDecorator[datetime]):
+    """An aware UTC time as integer microseconds since 1970: exact, ordered, the same in every database."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> int | None:
+        return None if value is None else int((value - _EPOCH).total_seconds() * 1_000_000)
+
+    def process_result_value(self, value: int | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else datetime.fromtimestamp(value / 1_000_000, UTC)
+
+
+METADATA = sa.MetaData()
+
+JOBS = sa.Table(
+    "jobs",
+    METADATA,
+    sa.Column("id", sa.String(63), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("spec", sa.Text, nullable=False),
+    sa.Column("result", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.Column("progress", sa.Text),
+    sa.Column("create_time", _Time, nullable=False),
+    sa.Column("start_time", _Time),
+    sa.Column("end_time", _Time),
+    sa.Column("attempt", sa.Integer, nullable=False, default=0),
+    sa.Column("crashes", sa.Integer, nullable=False, default=0),
+    sa.Column("creator", sa.String(63), nullable=False, default=""),
+    sa.Column("tracker_run", sa.Text),
+    sa.Column("last_sequence", sa.BigInteger, nullable=False, default=0),
+    # Who runs the current attempt: a pid alone may be reused, with its start time it may not.
+    sa.Column("worker_pid", sa.Integer),
+    sa.Column("worker_started", sa.Float),
+    sa.Column("lease_expires", sa.Float),
+)
+
+EVENTS = sa.Table(
+    "events",
+    METADATA,
+    sa.Column("job_id", sa.String(63), sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("create_time", _Time, nullable=False),
+    sa.Column("payload", sa.Text, nullable=False),
+)
+
+DATASETS = sa.Table(
+    "datasets",
+    METADATA,
+    sa.Column("name", sa.String(63), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("digest", sa.String(80), nullable=False),
+    sa.Column("num_rows", sa.BigInteger, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("create_time", _Time, nullable=False),
+    sa.Column("parents", sa.Text, nullable=False),
+    sa.Column("job_id", sa.String(63), nullable=False),
+)
+
+
+class RunningAttempt(NamedTuple):
+    """The current attempt of a RUNNING or CANCELLING job; `lease_expires` in seconds since 1970."""
+
+    job: Job
+    crashes: int
+    worker_pid: int | None
+    worker_started: float | None
+    lease_expires: float
+
+
+class State:
+    """Open with `State.open`; safe to share between threads, never to inherit over a fork."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: str, *, migrate: bool = True) -> State:
+        """Opens the store and, unless told otherwise, brings its schema up to date.
+
+        Raises:
+            IntegrityError: STATE_NEWER when a newer release wrote it.
+        """
+        if url.startswith("sqlite:///"):
+            folder = Path(url.removeprefix("sqlite:///")).parent
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_SECONDS})
+        if engine.dialect.name == "sqlite":
+            _use_wal(engine)
+        if migrate:
+            _migrate(engine)
+        return cls(engine)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with self._translated(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[sa.Connection]:
+        with self._translated(), self._engine.connect() as connection:
+            connection = connection.execution_options(write=True)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError as error:
+            raise UpstreamError(
+                "the state store does not answer", reason=Reason.STATE_UNAVAILABLE, retry_after_seconds=2
+            ) from error
+
+    # --- jobs, seen from outside ----------------------------------------------------------------------------------
+
+    def create_job(self, spec: JobSpec, creator: str = "") -> Job:
+        """Stores a QUEUED job and its first event.
+
+        Raises:
+            CapacityError: QUEUE_FULL.
+        """
+        kind = JobKind.TRAINING if isinstance(spec, TrainingSpec) else JobKind.GENERATION
+        job = Job(id=_new_job_id(), kind=kind, state=JobState.QUEUED, spec=spec, create_time=utc_now(), creator=creator)
+        with self._write() as connection:
+            queued = connection.scalar(
+                sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.state == JobState.QUEUED)
+            )
+            if (queued or 0) >= MAX_QUEUED_JOBS:
+                raise CapacityError(
+                    f"{MAX_QUEUED_JOBS} jobs are waiting already",
+                    reason=Reason.QUEUE_FULL,
+                    retry_after_seconds=60,
+                    limit=MAX_QUEUED_JOBS,
+                )
+            connection.execute(
+                JOBS.insert().values(
+                    id=job.id,
+                    kind=kind.value,
+                    state=job.state.value,
+                    spec=spec.model_dump_json(),
+                    create_time=job.create_time,
+                    creator=creator,
+                )
+            )
+            _append(connection, job.id, [StateChange(state=JobState.QUEUED)])
+            return _get_job(connection, job.id)
+
+    def get_job(self, job_id: str) -> Job:
+        """Raises NotFoundError: JOB_NOT_FOUND."""
+        with self._read() as connection:
+            return _get_job(connection, job_id)
+
+    def list_jobs(self, page: Page) -> tuple[list[Job], str | None]:
+        """Newest first; job ids sort by creation."""
+        query = sa.select(JOBS).order_by(JOBS.c.id.desc()).limit(page.size + 1)
+        if page.after is not None:
+            query = query.where(JOBS.c.id < page.after)
+        with self._read() as connection:
+            jobs = [_to_job(row) for row in connection.execute(query)]
+        return jobs[: page.size], jobs[page.size - 1].id if len(jobs) > page.size else None
+
+    def request_cancel(self, job_id: str) -> Job:
+        """QUEUED becomes CANCELLED, RUNNING becomes CANCELLING; repeating it changes nothing.
+
+        Raises:
+            NotFoundError: JOB_NOT_FOUND.
+            StateError: JOB_ENDED, when it ended otherwise.
+        """
+        with self._write() as connection:
+            job = _get_job(connection, job_id)
+            if job.state in {JobState.CANCELLING, JobState.CANCELLED}:
+                return job
+            if job.state.is_terminal:
+                raise StateError(
+                    f"job {job_id} has ended: {job.state}", reason=Reason.JOB_ENDED, job=job_id, state=job.state
+                )
+            target = JobState.CANCELLED if job.state is JobState.QUEUED else JobState.CANCELLING
+            _transition(connection, job, target, message="cancelled on request")
+            return _get_job(connection, job_id)
+
+    def events(self, job_id: str, after: int, limit: int) -> list[JobEvent]:
+        """The next events after a sequence number, in order."""
+        query = (
+            sa.select(EVENTS)
+            .where(EVENTS.c.job_id == job_id, EVENTS.c.sequence > after)
+            .order_by(EVENTS.c.sequence)
+            .limit(limit)
+        )
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+        return [
+            JobEvent(
+                job_id=row.job_id,
+                sequence=row.sequence,
+                create_time=row.create_time,
+                payload=_PAYLOAD.validate_json(row.payload),
+            )
+            for row in rows
+        ]
+
+    # --- jobs, seen from the dispatcher ---------------------------------------------------------------------------
+
+    def claim_job(self, kinds: Sequence[JobKind], lease_seconds: float) -> Job | None:
+        """Starts the next attempt of the oldest QUEUED job of one of these kinds."""
+        if not kinds:
+            return None
+        query = (
+            sa.select(JOBS)
+            .where(JOBS.c.state == JobState.QUEUED, JOBS.c.kind.in_([kind.value for kind in kinds]))
+            .order_by(JOBS.c.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        with self._write() as connection:
+            row = connection.execute(query).first()
+            if row is None:
+                return None
+            job = _to_job(row)
+            connection.execute(
+                JOBS.update()
+                .where(JOBS.c.id == job.id)
+                .values(
+                    attempt=job.attempt + 1,
+                    start_time=job.start_time or utc_now(),
+                    worker_pid=None,
+                    worker_started=None,
+                    lease_expires=time.time() + lease_seconds,
+                )
+            )
+            _transition(connection, _get_job(connection, job.id), JobState.RUNNING)
+            return _get_job(connection, job.id)
+
+    def running_attempts(self) -> list[RunningAttempt]:
+        """Every attempt that is under way, or was when its process died."""
+        states = [JobState.RUNNING.value, JobState.CANCELLING.value]
+        with self._read() as connection:
+            rows = connection.execute(sa.select(JOBS).where(JOBS.c.state.in_(states)).order_by(JOBS.c.id)).all()
+        return [
+            RunningAttempt(_to_job(row), row.crashes, row.worker_pid, row.worker_started, row.lease_expires or 0.0)
+            for row in rows
+        ]
+
+    def abandon_attempt(self, job_id: str, attempt: int, message: str, error: KnowledgeEngineError | None) -> Job:
+        """Ends an attempt whose process is gone: CANCELLING becomes CANCELLED; RUNNING becomes FAILED with `error`,
+        or QUEUED again without one.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED, when the attempt has ended already.
+        """
+        with self._write() as connection:
+            job = _get_attempt(connection, job_id, attempt)
+            if job.state is JobState.CANCELLING:
+                _transition(connection, job, JobState.CANCELLED, message="cancelled on request")
+            elif error is not None:
+                _transition(connection, job, JobState.FAILED, message=message, error=error)
+            else:
+                _transition(connection, job, JobState.QUEUED, message=message)
+            return _get_job(connection, job_id)
+
+    def count_crash(self, job_id: str, attempt: int) -> int:
+        """Adds a crash to the job's count and returns it."""
+        with self._write() as connection:
+            _get_attempt(connection, job_id, attempt)
+            connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(crashes=JOBS.c.crashes + 1))
+            return int(connection.scalar(sa.select(JOBS.c.crashes).where(JOBS.c.id == job_id)) or 0)
+
+    # --- jobs, seen from a worker: every write is fenced by the attempt number ------------------------------------
+
+    def renew_lease(self, job_id: str, attempt: int, lease_seconds: float, pid: int, started: float) -> JobState:
+        """Says that the attempt is alive; answers RUNNING or CANCELLING.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED.
+        """
+        with self._write() as connection:
+            job = _get_attempt(connection, job_id, attempt)
+            connection.execute(
+                JOBS.update()
+                .where(JOBS.c.id == job_id)
+                .values(lease_expires=time.time() + lease_seconds, worker_pid=pid, worker_started=started)
+            )
+            return job.state
+
+    def attempt_state(self, job_id: str, attempt: int) -> JobState:
+        """RUNNING or CANCELLING.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED.
+        """
+        with self._read() as connection:
+            return _get_attempt(connection, job_id, attempt).state
+
+    def append_events(self, job_id: str, attempt: int, payloads: Sequence[EventPayload]) -> None:
+        """Adds events of a running attempt; a progress event also becomes the job's progress.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED.
+        """
+        with self._write() as connection:
+            _get_attempt(connection, job_id, attempt)
+            _append(connection, job_id, payloads)
+            progress = [payload for payload in payloads if isinstance(payload, Progress)]
+            if progress:
+                values = {"progress": progress[-1].model_dump_json()}
+                connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(values))
+
+    def set_tracker_run(self, job_id: str, attempt: int, run: TrackerRun) -> None:
+        """Raises ConflictError: ATTEMPT_SUPERSEDED."""
+        with self._write() as connection:
+            _get_attempt(connection, job_id, attempt)
+            connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(tracker_run=run.model_dump_json()))
+
+    def finish_attempt(self, job_id: str, attempt: int, outcome: JobResult | KnowledgeEngineError) -> Job:
+        """Ends the job: SUCCEEDED with its result, FAILED with an error, CANCELLED when that was asked for meanwhile.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED.
+        """
+        with self._write() as connection:
+            job = _get_attempt(connection, job_id, attempt)
+            if job.state is JobState.CANCELLING:
+                _transition(connection, job, JobState.CANCELLED, message="cancelled on request")
+            elif isinstance(outcome, KnowledgeEngineError):
+                _transition(connection, job, JobState.FAILED, message=outcome.message, error=outcome)
+            else:
+                _append(connection, job_id, [ResultEvent(result=outcome)])
+                connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(result=outcome.model_dump_json()))
+                _transition(connection, job, JobState.SUCCEEDED)
+            return _get_job(connection, job_id)
+
+    # --- datasets -------------------------------------------------------------------------------------------------
+
+    def add_dataset(self, dataset: Dataset) -> Dataset:
+        """Records a dataset; the same content under the same name again answers with the stored one.
+
+        Raises:
+            AlreadyExistsError: DATASET_EXISTS, when the name stands for other content.
+        """
+        with self._write() as connection:
+            row = connection.execute(sa.select(DATASETS).where(DATASETS.c.name == dataset.name)).first()
+            if row is None:
+                values = dataset.model_dump(mode="python")
+                values |= {"kind": dataset.kind.value, "parents": json.dumps(dataset.parents)}
+                connection.execute(DATASETS.insert().values(values))
+                return dataset
+            stored = _to_dataset(row)
+        if (stored.digest, stored.kind) != (dataset.digest, dataset.kind):
+            raise AlreadyExistsError(
+                f"dataset {dataset.name!r} holds other content; a dataset never changes, choose another name",
+                reason=Reason.DATASET_EXISTS,
+                dataset=dataset.name,
+            )
+        return stored
+
+    def get_dataset(self, name: str) -> Dataset:
+        """Raises NotFoundError: DATASET_NOT_FOUND."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(DATASETS).where(DATASETS.c.name == name)).first()
+        if row is None:
+            raise NotFoundError(f"no dataset {name!r}", reason=Reason.DATASET_NOT_FOUND, dataset=name)
+        return _to_dataset(row)
+
+    def list_datasets(self, page: Page) -> tuple[list[Dataset], str | None]:
+        """Newest first."""
+        query = sa.select(DATASETS).order_by(DATASETS.c.create_time.desc(), DATASETS.c.name).limit(page.size + 1)
+        if page.after is not None:
+            micros, _, name = page.after.partition(" ")
+            if not micros.isdecimal():
+                raise InvalidSpecError("page_token is not one of ours", reason=Reason.PAGE_TOKEN_INVALID)
+            at = datetime.fromtimestamp(int(micros) / 1_000_000, UTC)
+            query = query.where(
+                sa.or_(DATASETS.c.create_time < at, sa.and_(DATASETS.c.create_time == at, DATASETS.c.name > name))
+            )
+        with self._read() as connection:
+            datasets = [_to_dataset(row) for row in connection.execute(query)]
+        if len(datasets) <= page.size:
+            return datasets, None
+        last = datasets[page.size - 1]
+        return datasets[: page.size], f"{int((last.create_time - _EPOCH).total_seconds() * 1_000_000)} {last.name}"
+
+    def newest_dataset(self, kind: DatasetKind) -> Dataset | None:
+        query = sa.select(DATASETS).where(DATASETS.c.kind == kind.value)
+        query = query.order_by(DATASETS.c.create_time.desc()).limit(1)
+        with self._read() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else _to_dataset(row)
+
+    def delete_dataset(self, name: str) -> Dataset:
+        """Forgets a dataset.
+
+        Raises:
+            NotFoundError: DATASET_NOT_FOUND.
+            StateError: DATASET_IN_USE, while an unfinished job reads or writes it.
+        """
+        with self._write() as connection:
+            row = connection.execute(sa.select(DATASETS).where(DATASETS.c.name == name)).first()
+            if row is None:
+                raise NotFoundError(f"no dataset {name!r}", reason=Reason.DATASET_NOT_FOUND, dataset=name)
+            live = sa.select(JOBS).where(JOBS.c.state.not_in([state.value for state in TERMINAL_STATES]))
+            for job in map(_to_job, connection.execute(live)):
+                if name in _datasets_of(job.spec):
+                    raise StateError(
+                        f"job {job.id} is using dataset {name!r}",
+                        reason=Reason.DATASET_IN_USE,
+                        dataset=name,
+                        job=job.id,
+                    )
+            connection.execute(DATASETS.delete().where(DATASETS.c.name == name))
+            return _to_dataset(row)
+
+
+# --- inside one transaction ---------------------------------------------------------------------------------------
+
+
+def _get_job(connection: sa.Connection, job_id: str) -> Job:
+    row = connection.execute(sa.select(JOBS).where(JOBS.c.id == job_id).with_for_update()).first()
+    if row is None:
+        raise NotFoundError(f"no job {job_id!r}", reason=Reason.JOB_NOT_FOUND, job=job_id)
+    return _to_job(row)
+
+
+def _get_attempt(connection: sa.Connection, job_id: str, attempt: int) -> Job:
+    job = _get_job(connection, job_id)
+    if job.attempt != attempt or job.state not in {JobState.RUNNING, JobState.CANCELLING}:
+        raise ConflictError(
+            f"attempt {attempt} of job {job_id} is over",
+            reason=Reason.ATTEMPT_SUPERSEDED,
+            job=job_id,
+            attempt=attempt,
+        )
+    return job
+
+
+def _transition(
+    connection: sa.Connection,
+    job: Job,
+    target: JobState,
+    *,
+    message: str = "",
+    error: KnowledgeEngineError | None = None,
+) -> None:
+    if target not in LEGAL_TRANSITIONS[job.state]:
+        raise AssertionError(f"{job.state} -> {target} is no legal transition")
+    details = None if error is None else error.to_dict()
+    values: dict[str, Any] = {"state": target.value}
+    if target.is_terminal:
+        values |= {"end_time": utc_now(), "lease_expires": None, "error": details and json.dumps(details)}
+    connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(values))
+    _append(connection, job.id, [StateChange(state=target, attempt=job.attempt, message=message, error=details)])
+
+
+def _append(connection: sa.Connection, job_id: str, payloads: Sequence[EventPayload]) -> None:
+    last = connection.scalar(sa.select(JOBS.c.last_sequence).where(JOBS.c.id == job_id)) or 0
+    now = utc_now()
+    connection.execute(
+        EVENTS.insert(),
+        [
+            {"job_id": job_id, "sequence": sequence, "create_time": now, "payload": payload.model_dump_json()}
+            for sequence, payload in enumerate(payloads, last + 1)
+        ],
+    )
+    connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(last_sequence=last + len(payloads)))
+
+
+def _datasets_of(spec: JobSpec) -> set[str | None]:
+    return {spec.dataset} if isinstance(spec, TrainingSpec) else {spec.dataset, spec.catalogue}
+
+
+def _to_job(row: sa.Row[Any]) -> Job:
+    kind = JobKind(row.kind)
+    return Job(
+        id=row.id,
+        kind=kind,
+        state=JobState(row.state),
+        spec=_SPECS[kind].model_validate_json(row.spec),
+        result=_RESULT.validate_json(row.result) if row.result else None,
+        error=json.loads(row.error) if row.error else None,
+        progress=_parsed(Progress, row.progress),
+        create_time=row.create_time,
+        start_time=row.start_time,
+        end_time=row.end_time,
+        attempt=row.attempt,
+        creator=row.creator,
+        tracker_run=_parsed(TrackerRun, row.tracker_run),
+        last_sequence=row.last_sequence,
+    )
+
+
+def _parsed(model: type[_M], text: str | None) -> _M | None:
+    return model.model_validate_json(text) if text else None
+
+
+def _to_dataset(row: sa.Row[Any]) -> Dataset:
+    values = dict(row._mapping)
+    return Dataset(**values | {"parents": tuple(json.loads(values["parents"]))})
+
+
+def _new_job_id() -> str:
+    """Sorts by creation: 12 hex digits of microseconds since 1970, then 8 random ones."""
+    return f"job-{time.time_ns() // 1000:013x}{secrets.token_hex(4)}"
+
+
+# --- the database itself ------------------------------------------------------------------------------------------
+
+
+def _use_wal(engine: sa.Engine) -> None:
+    """WAL with synchronous=FULL: an acknowledged write survives a power cut, and readers never wait for a writer."""
+
+    @sa_event.listens_for(engine, "connect")
+    def _on_connect(connection: sqlite3.Connection, record: object) -> None:
+        # SQLAlchemy begins transactions below; the driver's own guesses would make BEGIN IMMEDIATE impossible.
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sa_event.listens_for(engine, "begin")
+    def _on_begin(connection: sa.Connection) -> None:
+        # A writer takes its lock at once: upgrading a read transaction could fail without waiting.
+        write = connection.get_execution_options().get("write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _migrate(engine: sa.Engine) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    with engine.connect().execution_options(write=True) as connection, connection.begin():
+        current = MigrationContext.configure(connection).get_current_revision()
+        if current is not None and current not in known:
+            raise IntegrityError(
+                f"a newer release wrote this state (schema {current}); start that one, or another data directory",
+                reason=Reason.STATE_NEWER,
+                schema=current,
+            )
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

@@ -70,9 +70,13 @@ def parse_json(body: bytes) -> Any:
     """
     try:
         value = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
-    except (UnicodeDecodeError, ValueError) as error:
-        text = f"at line {error.lineno}, column {error.colno}: {error.msg}" if _located(error) else str(error)
-        raise unprocessable([("", f"the body is not JSON ({text})")]) from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise unprocessable([("", f"the body is not JSON: {error.msg} at {place}")]) from None
+    except UnicodeDecodeError:
+        raise unprocessable([("", "the body is not UTF-8")]) from None
+    except ValueError as error:
+        raise unprocessable([("", f"the body is not JSON: {error}")]) from None
     except RecursionError:
         raise unprocessable([("", f"the body is nested more than {MAX_DEPTH} deep")]) from None
     _check_values(value)
@@ -94,7 +98,7 @@ def schema_mismatch(error: RequestValidationError) -> ProblemError:
     violations = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "path", "header"))
-        violations.append((path, str(item["msg"]).removeprefix("Value error, ")))
+        violations.append((path[:200], str(item["msg"]).removeprefix("Value error, ")))
     return unprocessable(violations)
 
 
@@ -112,10 +116,6 @@ def _is_json(header: str) -> bool:
 def _declared_length(request: Request) -> int:
     value = request.headers.get("content-length", "")
     return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else 0
-
-
-def _located(error: ValueError) -> bool:
-    return isinstance(error, json.JSONDecodeError)
 
 
 def _refuse_constant(name: str) -> NoReturn:

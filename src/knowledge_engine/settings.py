@@ -192,7 +192,7 @@ def load_settings(env_file: Path | None = ENV_FILE, **overrides: Any) -> Setting
         )
     for name in names:
         if name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1)
+            near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             raise InvalidSpecError(f"unknown setting {name}: {hint}", reason=Reason.SETTINGS_INVALID, setting=name)
     try:

@@ -57,7 +57,6 @@ from knowledge_engine.errors import (
     UpstreamError,
 )
 
-_BUSY_TIMEOUT_SECONDS = 10
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _PAYLOAD: TypeAdapter[EventPayload] = TypeAdapter(EventPayload)
@@ -150,8 +149,9 @@ class State:
         self._engine = engine
 
     @classmethod
-    def open(cls, url: str, *, migrate: bool = True) -> State:
-        """Opens the store and, unless told otherwise, brings its schema up to date.
+    def open(cls, url: str, *, migrate: bool = True, busy_timeout_seconds: float = 10) -> State:
+        """Opens the store and, unless told otherwise, brings its schema up to date. A write waits for another one's
+        lock up to `busy_timeout_seconds`.
 
         Raises:
             IntegrityError: STATE_NEWER when a newer release wrote it.
@@ -159,7 +159,7 @@ class State:
         if url.startswith("sqlite:///"):
             folder = Path(url.removeprefix("sqlite:///")).parent
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        engine = sa.create_engine(url, connect_args={"timeout": _BUSY_TIMEOUT_SECONDS})
+        engine = sa.create_engine(url, connect_args={"timeout": busy_timeout_seconds})
         if engine.dialect.name == "sqlite":
             _use_wal(engine)
         if migrate:

@@ -16,9 +16,11 @@ from knowledge_engine.cli import chat, data, jobs, models, service
 from knowledge_engine.cli.output import EXIT_CODES, complain, exit_code
 from knowledge_engine.errors import KnowledgeEngineError
 
-_EPILOG = "Exit codes: 0 done; 1 unexpected, unhealthy, or the job did not succeed; 2 usage; " + "; ".join(
-    f"{code} {words}" for code, words in EXIT_CODES.values()
-) + "; 130 interrupted. KNOWLEDGE_SERVER and KNOWLEDGE_API_KEY say which server to call, and with which key."
+_EPILOG = (
+    "Exit codes: 0 done; 1 unexpected, unhealthy, or the job did not succeed; 2 usage; "
+    + "; ".join(f"{code} {words}" for code, words in EXIT_CODES.values())
+    + "; 130 interrupted. KNOWLEDGE_SERVER and KNOWLEDGE_API_KEY say which server to call, and with which key."
+)
 
 
 class _Commands(TyperGroup):

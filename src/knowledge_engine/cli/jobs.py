@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,8 +11,10 @@ from knowledge_engine.cli.output import (
     JsonOption,
     ServerOption,
     YesOption,
+    checked,
     confirm,
     connect,
+    given,
     plain,
     print_facts,
     print_json,
@@ -70,7 +72,7 @@ def train(
         "model": model,
         "base_model": base_model,
         "use_qlora": qlora,
-        "lora": _given(lora) or None,
+        "lora": given(lora) or None,
         "learning_rate": learning_rate,
         "lr_scheduler_type": scheduler,
         "warmup_ratio": warmup_ratio,
@@ -86,9 +88,9 @@ def train(
         "logging_steps": logging_steps,
         "seed": seed,
     }
-    from knowledge_engine.core import TrainingSpec, validated
+    from knowledge_engine.core import TrainingSpec
 
-    spec = validated(TrainingSpec, _given(values), "spec")
+    spec = checked(TrainingSpec, values)
     with connect(server) as client:
         follow(client, client.create_training_job(spec), detach=detach, as_json=json)
 
@@ -223,7 +225,3 @@ def _target(job: Job) -> str | None:
     if isinstance(job.spec, TrainingSpec):
         return job.spec.model
     return job.spec.dataset
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}

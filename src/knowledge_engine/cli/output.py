@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from knowledge_engine.client import Client
+
+_Spec = TypeVar("_Spec", bound="BaseModel")
 
 EXIT_CODES: dict[type[KnowledgeEngineError], tuple[int, str]] = {
     errors.InvalidSpecError: (3, "invalid request or setting"),
@@ -73,6 +75,27 @@ def connect(server: str | None) -> Client:
     from knowledge_engine.client import Client
 
     return Client(server)
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given; the server knows the defaults of the others."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def checked(spec: type[_Spec], values: Mapping[str, Any]) -> _Spec:
+    """The spec of the given values.
+
+    Raises:
+        InvalidSpecError: as the server would, paths beginning with `spec`.
+    """
+    from pydantic import ValidationError
+
+    from knowledge_engine.core import invalid_spec
+
+    try:
+        return spec.model_validate(given(values))
+    except ValidationError as error:
+        raise invalid_spec(error, "spec") from None
 
 
 def console(*, stderr: bool = False) -> Console:

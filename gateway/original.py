@@ -1,0 +1,163 @@
+"""The words and figures of the REST shapes that clients of the first release read: status, progress, durations.
+
+Pure functions from the contract's messages to values; no I/O, no HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+
+from gateway import schemas
+from gateway.rest_json import plain_id, seconds, timestamp
+from knowledge_engine.v1 import inference_pb2, jobs_pb2, models_pb2
+
+# By state and phase; an empty phase stands for every other one of the state.
+_STATUS: dict[tuple[int, str], schemas.JobStatus] = {
+    (jobs_pb2.JOB_STATE_QUEUED, ""): "starting",
+    (jobs_pb2.JOB_STATE_RUNNING, ""): "preparing_data",
+    (jobs_pb2.JOB_STATE_RUNNING, "training"): "training",
+    (jobs_pb2.JOB_STATE_RUNNING, "evaluating"): "training",
+    (jobs_pb2.JOB_STATE_RUNNING, "publishing"): "training",
+    (jobs_pb2.JOB_STATE_CANCELLING, ""): "cancelled",
+    (jobs_pb2.JOB_STATE_CANCELLED, ""): "cancelled",
+    (jobs_pb2.JOB_STATE_SUCCEEDED, ""): "completed",
+    (jobs_pb2.JOB_STATE_FAILED, ""): "failed",
+}
+# The phases whose steps are the job's own work.
+_WORK = frozenset({"training", "generating"})
+_UNITS = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+
+
+def status(job: jobs_pb2.Job) -> schemas.JobStatus:
+    phase = job.progress.phase if job.HasField("progress") else ""
+    return _STATUS.get((job.state, phase)) or _STATUS[job.state, ""]
+
+
+def duration(length_seconds: float) -> str:
+    """The two largest units: `2 minutes 5 seconds`, `1 hour`."""
+    rest = max(0, round(length_seconds))
+    parts = []
+    for name, size in _UNITS:
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {name}{'s' if count != 1 else ''}")
+        elif parts:
+            break
+    return " ".join(parts[:2]) or "0 seconds"
+
+
+def progress_percent(job: jobs_pb2.Job) -> float:
+    """Share of the job's steps that are done, 0 to 100; 100 only once it has succeeded."""
+    if job.state == jobs_pb2.JOB_STATE_SUCCEEDED:
+        return 100.0
+    progress = job.progress
+    share = 0.0
+    if progress.phase in _WORK and progress.total_steps:
+        share = progress.step / progress.total_steps
+    elif progress.HasField("epoch") and job.training.num_train_epochs:
+        share = progress.epoch / job.training.num_train_epochs
+    elif progress.phase == "publishing":
+        share = 1.0
+    return round(min(share * 100, 99.0), 1)
+
+
+def training_status(job: jobs_pb2.Job, now: datetime | None = None) -> schemas.TrainingStatusResponse:
+    """The status page of any job; `now` is the time that a running job's elapsed time is counted to."""
+    progress = job.progress
+    running = job.state == jobs_pb2.JOB_STATE_RUNNING
+    metrics = schemas.TrainingMetrics(
+        current_loss=_finite(progress.loss) if progress.HasField("loss") else None,
+        learning_rate=_finite(progress.learning_rate) if progress.HasField("learning_rate") else None,
+        throughput=_finite(progress.examples_per_second) if progress.HasField("examples_per_second") else None,
+        samples_processed=progress.num_examples if progress.HasField("num_examples") else None,
+        epoch=_finite(progress.epoch) if progress.HasField("epoch") else None,
+    )
+    return schemas.TrainingStatusResponse(
+        job_id=plain_id(job.name),
+        status=status(job),
+        progress=progress_percent(job),
+        started_at=timestamp(job, "start_time"),
+        elapsed_time=duration(_elapsed_seconds(job, now or datetime.now(UTC))),
+        estimated_remaining=duration(seconds(progress.eta)) if running and progress.HasField("eta") else None,
+        metrics=metrics,
+        error=job.error.message if job.HasField("error") else None,
+    )
+
+
+def train_response(job: jobs_pb2.Job) -> schemas.TrainResponse:
+    return schemas.TrainResponse(
+        job_id=plain_id(job.name),
+        status=status(job),
+        estimated_duration=None,
+        wandb_url=job.tracker_run.url or None,
+        model_name=plain_id(job.training.model),
+    )
+
+
+def generate_data_response(job: jobs_pb2.Job) -> schemas.GenerateDataResponse:
+    return schemas.GenerateDataResponse(
+        job_id=plain_id(job.name),
+        status=status(job),
+        estimated_conversations=job.generation.num_conversations,
+        estimated_cost=None,
+        estimated_duration=None,
+        dataset_name=plain_id(job.generation.dataset),
+        catalogue=plain_id(job.generation.catalogue),
+    )
+
+
+def model_summary(model: models_pb2.Model) -> schemas.ModelSummary:
+    """A model by its newest ready version; what there is no version for is null."""
+    version = model.latest_version if model.HasField("latest_version") else None
+    return schemas.ModelSummary(
+        id=plain_id(model.name),
+        base_model=version.base_model if version else None,
+        created_at=timestamp(model, "create_time"),
+        performance=_performance(version) if version else None,
+        status="ready" if version else "deleted",
+        size_mb=round(version.size_bytes / 1e6, 2) if version else None,
+    )
+
+
+def completion_facts(completion: inference_pb2.Completion) -> schemas.CompletionFacts:
+    words: dict[int, schemas.FinishReason] = {
+        inference_pb2.FINISH_REASON_STOP: "stop",
+        inference_pb2.FINISH_REASON_LENGTH: "length",
+    }
+    usage = completion.usage
+    return schemas.CompletionFacts(
+        model_used=plain_id(completion.model),
+        tokens_used=usage.prompt_tokens + usage.completion_tokens,
+        processing_time_ms=round(seconds(completion.total_time) * 1000, 1),
+        finish_reason=words[completion.finish_reason],
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        time_to_first_token_ms=round(seconds(completion.time_to_first_token) * 1000, 1),
+        digest=completion.digest,
+    )
+
+
+def _performance(version: models_pb2.ModelVersion) -> schemas.Performance | None:
+    if not version.HasField("comparison"):
+        return None
+    comparison = version.comparison
+    return schemas.Performance(
+        base_loss=comparison.base_loss,
+        tuned_loss=comparison.tuned_loss,
+        # A loss beyond a double's range has no perplexity that JSON could say.
+        perplexity=math.exp(comparison.tuned_loss) if comparison.tuned_loss < 700 else None,
+        num_conversations=comparison.num_conversations,
+        precision=comparison.precision,
+    )
+
+
+def _elapsed_seconds(job: jobs_pb2.Job, now: datetime) -> float:
+    if not job.HasField("start_time"):
+        return 0.0
+    end = job.end_time.ToDatetime(UTC) if job.HasField("end_time") else now
+    return (end - job.start_time.ToDatetime(UTC)).total_seconds()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,268 @@
+"""Mirror of the contract's messages as `rest_json` writes them, for OpenAPI; a test holds both together.
+
+`MIRRORS` names the message of each model. Of a oneof only the member that is set appears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from google.protobuf.descriptor import Descriptor
+from pydantic import BaseModel, Field
+
+from gateway.problems import Failure
+from gateway.schemas import Time
+from knowledge_engine.v1 import datasets_pb2, generation_pb2, jobs_pb2, models_pb2, training_pb2
+
+State = Literal["QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED"]
+
+
+class LoraConfig(BaseModel):
+    """The shape of a LoRA adapter."""
+
+    rank: int | None
+    alpha: int | None
+    dropout: float | None
+    target_modules: list[str]
+
+
+class TrainingSpec(BaseModel):
+    """What a fine-tuning run was asked to do, every default filled in; names as in the gRPC contract."""
+
+    base_model: str
+    dataset: str | None
+    model: str | None
+    use_qlora: bool | None
+    lora: LoraConfig | None
+    learning_rate: float | None
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None
+    warmup_ratio: float | None
+    weight_decay: float | None
+    max_grad_norm: float | None
+    num_train_epochs: float | None
+    max_steps: int | None
+    per_device_train_batch_size: int | None
+    gradient_accumulation_steps: int | None
+    max_length: int | None
+    eval_split: float | None
+    eval_steps: int | None
+    logging_steps: int | None
+    seed: int | None
+
+
+class GenerationSpec(BaseModel):
+    """What a generation run was asked to do."""
+
+    catalogue: str | None
+    dataset: str | None
+    num_conversations: int
+    topics: list[str]
+    difficulty_level: Literal["simple", "medium", "complex"] | None
+    include_product_data: bool | None
+    seed: int | None
+
+
+class HeldOutComparison(BaseModel):
+    """Base and tuned model on the same held-out conversations; losses in nats per assistant token."""
+
+    base_loss: float | None
+    tuned_loss: float | None
+    num_conversations: int
+    num_tokens: int
+    precision: str
+
+
+class TrainingResult(BaseModel):
+    """What a fine-tuning run achieved."""
+
+    model_version: str | None = Field(description="The published version, `name:version`.")
+    digest: str
+    train_loss: float | None
+    comparison: HeldOutComparison | None
+    num_steps: int
+    num_tokens: int
+    tokens_per_second: float | None
+    training_time_seconds: float | None
+    peak_memory_bytes: int
+
+
+class GenerationResult(BaseModel):
+    """What a generation run produced."""
+
+    dataset: str | None
+    digest: str
+    num_conversations: int
+    num_rejected: int
+    rejections: dict[str, int]
+    provider: str
+
+
+class JobResult(BaseModel):
+    """The result of the job's kind."""
+
+    training: TrainingResult | None = None
+    generation: GenerationResult | None = None
+
+
+class TrackerRun(BaseModel):
+    """A run in an experiment tracker."""
+
+    id: str
+    url: str
+
+
+class Progress(BaseModel):
+    """How far a job has come; null where a figure does not apply."""
+
+    phase: str
+    step: int | None
+    total_steps: int | None
+    epoch: float | None
+    num_examples: int | None
+    examples_per_second: float | None
+    loss: float | None
+    eval_loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    eta_seconds: float | None
+    memory_bytes: int | None
+
+
+class Job(BaseModel):
+    """One run of long work."""
+
+    id: str | None
+    state: State | None
+    training: TrainingSpec | None = None
+    generation: GenerationSpec | None = None
+    result: JobResult | None
+    error: Failure | None
+    progress: Progress | None
+    create_time: Time | None
+    start_time: Time | None
+    end_time: Time | None
+    attempt: int
+    creator: str
+    tracker_run: TrackerRun | None
+    last_sequence: int
+
+
+class StateChange(BaseModel):
+    """The job entered a state."""
+
+    state: State | None
+    attempt: int
+    message: str
+    error: Failure | None
+
+
+class LogLine(BaseModel):
+    """A line of the job's log."""
+
+    message: str
+
+
+class JobWarning(BaseModel):
+    """Something a person should know."""
+
+    reason: str
+    message: str
+
+
+class JobEvent(BaseModel):
+    """One entry of a job's log; the data of a server-sent event."""
+
+    job_id: str | None
+    sequence: int
+    create_time: Time | None
+    state_change: StateChange | None = None
+    progress: Progress | None = None
+    log: LogLine | None = None
+    warning: JobWarning | None = None
+    result: JobResult | None = None
+
+
+class Dataset(BaseModel):
+    """A named, immutable set of rows."""
+
+    id: str | None
+    kind: Literal["conversations", "catalogue"] | None
+    digest: str
+    num_rows: int
+    size_bytes: int
+    create_time: Time | None
+    parents: list[str]
+    job_id: str | None
+
+
+class ModelVersion(BaseModel):
+    """One published adapter."""
+
+    id: str | None = Field(description="`name:version`, as inference takes it.")
+    digest: str
+    base_model: str
+    base_digest: str
+    dataset_digest: str
+    chat_template_digest: str
+    job_id: str | None
+    spec: TrainingSpec | None
+    comparison: HeldOutComparison | None
+    training_precision: str
+    size_bytes: int
+    create_time: Time | None
+
+
+class Model(BaseModel):
+    """A line of versions under one name."""
+
+    id: str | None
+    create_time: Time | None
+    latest_version: ModelVersion | None
+    num_versions: int
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[Job]
+    next_page_token: str = Field(description="Empty on the last page.")
+
+
+class DatasetPage(BaseModel):
+    """Datasets, newest first."""
+
+    datasets: list[Dataset]
+    next_page_token: str = Field(description="Empty on the last page.")
+
+
+class ModelVersionPage(BaseModel):
+    """Versions of a model, newest first."""
+
+    model_versions: list[ModelVersion]
+    next_page_token: str = Field(description="Empty on the last page.")
+
+
+MIRRORS: Mapping[type[BaseModel], Descriptor] = {
+    LoraConfig: training_pb2.LoraConfig.DESCRIPTOR,
+    TrainingSpec: training_pb2.TrainingSpec.DESCRIPTOR,
+    TrainingResult: training_pb2.TrainingResult.DESCRIPTOR,
+    HeldOutComparison: training_pb2.HeldOutComparison.DESCRIPTOR,
+    GenerationSpec: generation_pb2.GenerationSpec.DESCRIPTOR,
+    GenerationResult: generation_pb2.GenerationResult.DESCRIPTOR,
+    JobResult: jobs_pb2.JobResult.DESCRIPTOR,
+    TrackerRun: jobs_pb2.TrackerRun.DESCRIPTOR,
+    Progress: jobs_pb2.Progress.DESCRIPTOR,
+    Job: jobs_pb2.Job.DESCRIPTOR,
+    StateChange: jobs_pb2.JobEvent.StateChange.DESCRIPTOR,
+    LogLine: jobs_pb2.JobEvent.LogLine.DESCRIPTOR,
+    JobWarning: jobs_pb2.JobEvent.Warning.DESCRIPTOR,
+    JobEvent: jobs_pb2.JobEvent.DESCRIPTOR,
+    Dataset: datasets_pb2.Dataset.DESCRIPTOR,
+    ModelVersion: models_pb2.ModelVersion.DESCRIPTOR,
+    Model: models_pb2.Model.DESCRIPTOR,
+    JobPage: jobs_pb2.ListJobsResponse.DESCRIPTOR,
+    DatasetPage: datasets_pb2.ListDatasetsResponse.DESCRIPTOR,
+    ModelVersionPage: models_pb2.ListModelVersionsResponse.DESCRIPTOR,
+}

@@ -1,0 +1,219 @@
+"""What REST clients send, and the shapes of the first release that they read; pydantic, for checking and for OpenAPI.
+
+Requests are strict: a wrong JSON type, an unknown key, NaN or an infinity is refused. Only fields that the caller gave
+are passed on, so that every default has one home, the server's specs; the ones here are the same and are documentation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+JobStatus = Literal["starting", "preparing_data", "training", "completed", "failed", "cancelled"]
+FinishReason = Literal["stop", "length"]
+Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
+"""RFC 3339, UTC."""
+
+ResourceId = Annotated[str, Field(min_length=1, max_length=1024)]
+"""A name; the server says which are valid."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+class LoraSettings(Strict):
+    """The shape of the LoRA adapter (arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1, le=256, description="Rank r of the update matrices.")
+    alpha: int = Field(32, ge=1, le=1024, description="Scale: the update is multiplied by alpha / rank.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the first matrix.")
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
+        [], max_length=64, description="Linear modules to adapt; all but the head when empty."
+    )
+
+
+class TrainingConfig(Strict):
+    """How to train."""
+
+    epochs: int = Field(3, ge=1, le=50, description="Passes over the training set; refused beside `max_steps`.")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    batch_size: int = Field(1, ge=1, le=32, description="Conversations in one forward pass.")
+    max_length: int = Field(
+        2048,
+        ge=512,
+        le=4096,
+        description="Longest conversation in tokens; when absent, the base's context where that is smaller.",
+    )
+    use_qlora: bool = Field(True, description="Load the base in 4-bit NF4 with double quantisation.")
+    lora: LoraSettings | None = Field(None, description="The adapter's shape.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="Shape after warm-up.")
+    warmup_ratio: float = Field(0.03, ge=0, le=0.5, description="Share of the steps over which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="The gradient norm is clipped to this; 0 turns it off.")
+    max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of `epochs`.")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=256, description="Forward passes in one optimizer step.")
+    eval_split: float = Field(0.1, ge=0, le=0.5, description="Share of the conversations held out; 0 holds out none.")
+    eval_steps: int = Field(0, ge=0, le=1_000_000, description="Evaluate every so many steps; 0 only at the end.")
+    logging_steps: int = Field(1, ge=1, le=10_000, description="Report progress every so many steps.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of split, order, initialisation and dropout.")
+
+
+class TrainRequest(Strict):
+    """A fine-tuning run."""
+
+    dataset_name: ResourceId = Field(description="The conversations to learn from.")
+    base_model: ResourceId | None = Field(None, description="`base` (the default) or one of the operator's bases.")
+    training_config: TrainingConfig | None = Field(None, description="How to train.")
+    model_name: ResourceId | None = Field(
+        None, description="The model to publish a new version of; the name of the dataset when absent."
+    )
+
+
+class GenerateDataRequest(Strict):
+    """Training conversations to generate from a catalogue."""
+
+    number_of_conversations: int = Field(ge=10, le=100_000, description="Conversations to produce.")
+    topics: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(
+        None, max_length=32, description="Only products that a topic matches are talked about; all when absent."
+    )
+    difficulty_level: Literal["simple", "medium", "complex"] = Field("medium", description="How demanding they are.")
+    include_product_data: bool = Field(True, description="Show the candidate products to the assistant.")
+    dataset_name: ResourceId | None = Field(None, description="The dataset to create; a name is chosen when absent.")
+    catalogue: ResourceId | None = Field(
+        None, description="The catalogue; when absent the newest uploaded one, else the shipped demo catalogue."
+    )
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="The same seed and catalogue give the same conversations.")
+
+
+class ChatMessage(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="Who speaks; `system` only first.")
+    content: str = Field(min_length=1, description="The text.")
+
+
+class InferenceRequest(Strict):
+    """A conversation to go on with."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=200, description="The last one is the user's.")
+    max_tokens: int = Field(
+        500, ge=1, le=2000, description="Most tokens to produce; when absent, what is left of the context if less."
+    )
+    temperature: float = Field(0.7, ge=0, le=2, description="Randomness; 0 always takes the likeliest token.")
+    top_p: float = Field(0.9, ge=0, le=1, description="Only the likeliest tokens that together reach this are used.")
+    context: dict[str, Any] | None = Field(
+        None,
+        description="What the assistant may know beside the conversation; every key is rendered into the prompt, "
+        "`products` as a product list. An open object, nested at most 28 deep.",
+    )
+    top_k: int = Field(0, ge=0, le=1_000_000, description="Only so many of the likeliest tokens; 0 considers all.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        [], max_length=8, description="The answer ends before the first of these."
+    )
+    seed: int | None = Field(None, ge=0, le=2**63 - 1, description="The same seed gives the same answer.")
+    stream: bool = Field(False, description="Answer as server-sent events: `delta` {text}, then `completion`.")
+
+
+# --- the first release's answers ----------------------------------------------------------------------------------
+
+
+class TrainResponse(BaseModel):
+    """A stored fine-tuning run."""
+
+    job_id: str
+    status: JobStatus
+    estimated_duration: str | None = Field(description="Null while there is no measured rate to tell it from.")
+    wandb_url: str | None = Field(description="The run's page at the tracker; null for an offline run.")
+    model_name: str = Field(description="The model that will get a new version.")
+
+
+class TrainingMetrics(BaseModel):
+    """The newest figures; null where they do not apply or are not known yet."""
+
+    current_loss: float | None = Field(description="Mean loss per trained token of the last step, in nats.")
+    learning_rate: float | None
+    throughput: float | None = Field(description="Samples per second.")
+    samples_processed: int | None
+    epoch: float | None
+
+
+class TrainingStatusResponse(BaseModel):
+    """How far a job is."""
+
+    job_id: str
+    status: JobStatus
+    progress: float = Field(ge=0, le=100, description="Percent of its steps.")
+    started_at: Time | None
+    elapsed_time: str = Field(description="Such as `2 minutes 5 seconds`.")
+    estimated_remaining: str | None
+    metrics: TrainingMetrics
+    error: str | None
+
+
+class GenerateDataResponse(BaseModel):
+    """A stored generation run."""
+
+    job_id: str
+    status: JobStatus
+    estimated_conversations: int = Field(description="Conversations that will be produced.")
+    estimated_cost: float | None = Field(description="Null while nothing is known of it.")
+    estimated_duration: str | None = Field(description="Null while there is no measured rate to tell it from.")
+    dataset_name: str = Field(description="The dataset that will be created.")
+    catalogue: str = Field(description="The catalogue that is used.")
+
+
+class Performance(BaseModel):
+    """Base and tuned model on the same held-out conversations, in one precision; losses in nats per token."""
+
+    base_loss: float
+    tuned_loss: float
+    perplexity: float | None = Field(description="exp(tuned_loss).")
+    num_conversations: int
+    precision: str
+
+
+class ModelSummary(BaseModel):
+    """A model, by its newest ready version."""
+
+    id: str
+    base_model: str | None
+    created_at: Time | None
+    performance: Performance | None = Field(description="Measured values; null when nothing was held out.")
+    status: Literal["ready", "deleted"] = Field(description="`deleted` when no version is left.")
+    size_mb: float | None = Field(description="Size of its files in 10^6 bytes.")
+
+
+class CompletionFacts(BaseModel):
+    """The facts of an answer."""
+
+    model_used: str = Field(description="`base` or `name:version`.")
+    tokens_used: int = Field(description="Prompt and answer.")
+    processing_time_ms: float
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token_ms: float
+    digest: str = Field(description="Digest of the version, or of the base.")
+
+
+class InferenceResponse(CompletionFacts):
+    """An answer."""
+
+    response: str
+
+
+class HealthResponse(BaseModel):
+    """How the service is."""
+
+    service: Literal["healthy", "unhealthy"] = Field(description="Whether the server answers and serves.")
+    services: dict[str, str] = Field(description="What the server says of each of its services, such as `SERVING`.")
+    external_apis: dict[str, Literal["configured", "not_configured"]]
+    overall: Literal["healthy", "degraded", "unhealthy"] = Field(
+        description="`degraded` while a part does not serve, such as inference while its model is loading."
+    )
+    timestamp: Time

@@ -1,0 +1,93 @@
+"""Checked requests become the contract's messages. Only what the caller gave is set; the server fills in the rest."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from google.protobuf import struct_pb2
+
+from gateway import schemas
+from gateway.problems import unprocessable
+from gateway.strict import MAX_INTEGER
+from knowledge_engine.v1 import datasets_pb2, generation_pb2, inference_pb2, training_pb2
+
+BASE = "base"
+# What the first release calls these; every other name is the contract's own.
+_CONTRACT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+_VERSIONED = re.compile(r"([^:]*):([0-9]+)")
+
+
+def training_spec(body: schemas.TrainRequest) -> training_pb2.TrainingSpec:
+    """The model takes the dataset's name unless it is given one."""
+    spec = training_pb2.TrainingSpec(
+        base_model=body.base_model or "",
+        dataset=f"datasets/{body.dataset_name}",
+        model=f"models/{body.model_name or body.dataset_name}",
+    )
+    values = body.training_config.model_dump(exclude_unset=True, exclude_none=True) if body.training_config else {}
+    lora = values.pop("lora", None)
+    if lora is not None:
+        spec.lora.CopyFrom(training_pb2.LoraConfig(**lora))
+    if scheduler := values.pop("lr_scheduler_type", None):
+        spec.lr_scheduler_type = training_pb2.LrSchedulerType.Value(f"LR_SCHEDULER_TYPE_{scheduler.upper()}")
+    for name, value in values.items():
+        setattr(spec, _CONTRACT_NAMES.get(name, name), value)
+    return spec
+
+
+def generation_spec(body: schemas.GenerateDataRequest) -> generation_pb2.GenerationSpec:
+    level = generation_pb2.DifficultyLevel.Value(f"DIFFICULTY_LEVEL_{body.difficulty_level.upper()}")
+    return generation_pb2.GenerationSpec(
+        catalogue=f"datasets/{body.catalogue}" if body.catalogue is not None else "",
+        dataset=f"datasets/{body.dataset_name}" if body.dataset_name is not None else "",
+        num_conversations=body.number_of_conversations,
+        topics=body.topics or (),
+        difficulty_level=level,
+        include_product_data=body.include_product_data,
+        seed=body.seed,
+    )
+
+
+def generation_input(model_id: str, body: schemas.InferenceRequest) -> inference_pb2.GenerationInput:
+    """Raises ProblemError: 422 for a context that a Struct cannot hold exactly."""
+    values = body.model_dump(
+        include={"max_tokens", "temperature", "top_p", "top_k", "stop", "seed"}, exclude_unset=True, exclude_none=True
+    )
+    return inference_pb2.GenerationInput(
+        model=model_name(model_id),
+        messages=[inference_pb2.Message(role=item.role, content=item.content) for item in body.messages],
+        context=_struct(body.context) if body.context is not None else None,
+        **values,
+    )
+
+
+def upload_metadata(name: str, kind: str, format_: str) -> datasets_pb2.UploadDatasetMetadata:
+    return datasets_pb2.UploadDatasetMetadata(
+        name=f"datasets/{name}",
+        kind=datasets_pb2.DatasetKind.Value(f"DATASET_KIND_{kind.upper()}"),
+        format=datasets_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format_.upper()}"),
+    )
+
+
+def model_name(model_id: str) -> str:
+    """The resource name of `base`, `name` or `name:3`; the server refuses what is none of these."""
+    if model_id == BASE:
+        return BASE
+    versioned = _VERSIONED.fullmatch(model_id)
+    return f"models/{versioned[1]}/versions/{versioned[2]}" if versioned else f"models/{model_id}"
+
+
+def _struct(context: dict[str, Any]) -> struct_pb2.Struct:
+    pending: list[tuple[str, Any]] = [("context", context)]
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise unprocessable([(path[:200], "an integer beyond 2^53 would lose digits; send it as a string")])
+        if isinstance(value, dict):
+            pending.extend((f"{path}.{key}", item) for key, item in value.items())
+        elif isinstance(value, list):
+            pending.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
+    struct = struct_pb2.Struct()
+    struct.update(context)
+    return struct

@@ -98,7 +98,9 @@ class Access:
     def _check_key(self, headers: Headers) -> None:
         given = api_key(headers)
         if not given:
-            raise _unauthenticated(Reason.API_KEY_MISSING, "send an API key: `Authorization: Bearer KEY` or `X-API-Key`")
+            raise _unauthenticated(
+                Reason.API_KEY_MISSING, "send an API key: `Authorization: Bearer KEY` or `X-API-Key`"
+            )
         # Every key is compared, so that the time taken tells nothing.
         matches = [hmac.compare_digest(key, given.encode("utf-8", "surrogateescape")) for key in self._keys]
         if not any(matches):
@@ -112,9 +114,7 @@ def api_key(headers: Mapping[str, str]) -> str:
 
 
 def _unauthenticated(reason: Reason, detail: str) -> ProblemError:
-    return ProblemError(
-        401, grpc.StatusCode.UNAUTHENTICATED, reason, detail, headers={"WWW-Authenticate": "Bearer"}
-    )
+    return ProblemError(401, grpc.StatusCode.UNAUTHENTICATED, reason, detail, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _request_id(headers: Headers) -> str:

@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import grpc
-from fastapi import Request
+from fastapi import Depends, Request
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2_grpc
 
@@ -125,6 +125,10 @@ class Calls:
             watcher.cancel()
             if not ended:
                 call.cancel()
+
+
+Call = Annotated[Calls, Depends(Calls)]
+"""A route's parameter: the calls of its request."""
 
 
 def client_gone() -> ProblemError:

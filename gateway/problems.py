@@ -108,9 +108,7 @@ def unprocessable(violations: Sequence[tuple[str, str]]) -> ProblemError:
     """A request that does not have the documented shape."""
     field, description = violations[0]
     detail = f"{field}: {description}" if field else description
-    return ProblemError(
-        422, grpc.StatusCode.INVALID_ARGUMENT, Reason.SPEC_INVALID, detail, violations=violations
-    )
+    return ProblemError(422, grpc.StatusCode.INVALID_ARGUMENT, Reason.SPEC_INVALID, detail, violations=violations)
 
 
 def too_large(what: str, limit: int, reason: Reason = Reason.BODY_TOO_LARGE) -> ProblemError:
@@ -193,13 +191,13 @@ def problem(failure: Failure, status: int, request_id: str) -> Problem:
     return Problem(
         **failure.model_dump(),
         type=f"urn:knowledge-engine:error:{failure.reason}",
-        title=_title(status),
+        title=title_of(status),
         status=status,
         instance=request_id,
     )
 
 
-def _title(status: int) -> str:
+def title_of(status: int) -> str:
     return "Client Closed Request" if status == 499 else HTTPStatus(status).phrase
 
 
@@ -222,9 +220,3 @@ def internal(request_id: str) -> Response:
         violations=[],
     )
     return response(problem(failure, 500, request_id))
-
-
-def documented(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """`responses=` of a route: the errors it answers, each with this module's body."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": _title(status), "content": content} for status in sorted(statuses)}

@@ -37,15 +37,15 @@ def training_spec(body: schemas.TrainRequest) -> training_pb2.TrainingSpec:
 
 
 def generation_spec(body: schemas.GenerateDataRequest) -> generation_pb2.GenerationSpec:
-    level = generation_pb2.DifficultyLevel.Value(f"DIFFICULTY_LEVEL_{body.difficulty_level.upper()}")
+    values = body.model_dump(include={"difficulty_level", "include_product_data", "seed"}, exclude_unset=True)
+    if level := values.pop("difficulty_level", None):
+        values["difficulty_level"] = generation_pb2.DifficultyLevel.Value(f"DIFFICULTY_LEVEL_{level.upper()}")
     return generation_pb2.GenerationSpec(
         catalogue=f"datasets/{body.catalogue}" if body.catalogue is not None else "",
         dataset=f"datasets/{body.dataset_name}" if body.dataset_name is not None else "",
         num_conversations=body.number_of_conversations,
         topics=body.topics or (),
-        difficulty_level=level,
-        include_product_data=body.include_product_data,
-        seed=body.seed,
+        **values,
     )
 
 

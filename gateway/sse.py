@@ -51,7 +51,7 @@ async def frames(
     read: Callable[[_A], Event],
     request_id: str,
     *,
-    first: _A | None = None,
+    first: Any = None,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> AsyncGenerator[bytes, None]:
     """The stream's messages as event frames, a comment whenever nothing came for `heartbeat_seconds`.
@@ -60,19 +60,14 @@ async def frames(
     """
     pending: asyncio.Future[Any] | None = None
     try:
-        if first is not None:
-            yield _frame(read(first))
-        while True:
-            pending = pending or asyncio.ensure_future(call.read())
-            await asyncio.wait({pending}, timeout=heartbeat_seconds)
-            if not pending.done():
+        message: Any = first
+        while message is not grpc.aio.EOF:
+            if message is not None:
+                yield _frame(read(message))
+            pending = asyncio.ensure_future(call.read())
+            while not (await asyncio.wait({pending}, timeout=heartbeat_seconds))[0]:
                 yield KEEPALIVE_COMMENT
-                continue
             message = pending.result()
-            pending = None
-            if message is grpc.aio.EOF:
-                return
-            yield _frame(read(message))
     except grpc.aio.AioRpcError as error:
         body, _ = rpc_problem(error, request_id)
         yield _frame(Event("error", body.model_dump()))

@@ -30,7 +30,7 @@ class StrictRequest(Request):
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            if _declared_length(self) > MAX_JSON_BYTES:
+            if declared_length(self) > MAX_JSON_BYTES:
                 raise too_large("the body", MAX_JSON_BYTES)
             body = bytearray()
             async for chunk in self.stream():
@@ -113,7 +113,7 @@ def _is_json(header: str) -> bool:
     return bool(header) and media_type(header) == "application/json"
 
 
-def _declared_length(request: Request) -> int:
+def declared_length(request: Request) -> int:
     value = request.headers.get("content-length", "")
     return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else 0
 

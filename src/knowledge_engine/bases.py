@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -32,6 +33,7 @@ _BUNDLED = "bundled"
 _FORMAT = 1  # raised when a prepared folder of an older release must be made anew
 _CHUNK_BYTES = 1 << 22
 _OPTIONAL_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
 
 
@@ -228,7 +230,9 @@ def _setting(name: str) -> str:
 
 
 def _source_name(folder: Path) -> str:
-    return str(_read_json(folder / "config.json").get("_name_or_path") or "").strip("/.") or folder.name
+    """The name on the hub where the config tells one, else the folder's own; a path would say nothing elsewhere."""
+    name = _read_json(folder / "config.json").get("_name_or_path")
+    return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else folder.name
 
 
 def _folder(settings: Settings, name: str, origin: str) -> Path:

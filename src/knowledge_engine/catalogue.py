@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -25,19 +24,20 @@ _MAX_LENGTHS = {"id": 128, "title": 200, "category": 100, "brand": 100, "descrip
 _MAX_ATTRIBUTES = 64
 _MAX_PRICE_MINOR = 10**12
 _PRICE = re.compile(r"(\d{1,13})(?:\.(\d{1,8}))?", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 # ISO 4217, active codes of money in use; three exceptions to two decimals below.
 CURRENCIES = frozenset(
-    "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BGN BHD BIF BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CLP "
+    "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BGN BHD BIF BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CLP "  # noqa: SIM905
     "CNY COP CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD HNL HTG HUF "
     "IDR ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD MDL MGA MKD "
     "MMK MNT MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN PGK PHP PKR PLN PYG QAR RON RSD RUB "
     "RWF SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TND TOP TRY TTD TWD TZS UAH UGX USD "
     "UYU UZS VES VND VUV WST XAF XCD XOF XPF YER ZAR ZMW".split()
 )
-_WITHOUT_DECIMALS = frozenset("BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX VND VUV XAF XOF XPF".split())
-_THREE_DECIMALS = frozenset("BHD IQD JOD KWD LYD OMR TND".split())
+_WITHOUT_DECIMALS = frozenset("BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX VND VUV XAF XOF XPF".split())  # noqa: SIM905
+_THREE_DECIMALS = frozenset("BHD IQD JOD KWD LYD OMR TND".split())  # noqa: SIM905
 
 
 class Product(BaseModel):
@@ -317,7 +317,7 @@ def clean_text(value: str, field: str) -> str:
         ValueError: a control character, or half of a surrogate pair.
     """
     text = " ".join(value.split())
-    if any(unicodedata.category(character) in {"Cc", "Cs"} for character in text):
+    if _CONTROL.search(text):
         raise ValueError(f"{field} holds a control character or a lone surrogate")
     return text
 
@@ -331,11 +331,13 @@ def _attributes(value: object) -> dict[str, str]:
         raise ValueError(f"more than {_MAX_ATTRIBUTES} attributes")
     attributes: dict[str, str] = {}
     for key, item in value.items():
-        if not isinstance(item, str | int | float | Decimal):
+        if not isinstance(item, str | int | Decimal):
             raise ValueError(f"attribute {key!r} must be text, a number or a truth value")
-        text = item if isinstance(item, str) else str(item).lower() if isinstance(item, bool) else f"{item:f}"
+        text = str(item).lower() if isinstance(item, bool) else f"{item:f}" if isinstance(item, Decimal) else str(item)
         name, text = clean_text(str(key), "an attribute"), clean_text(text, f"attribute {key!r}")
         if not name or not text or max(len(name), len(text)) > 200:
             raise ValueError(f"attribute {key!r} is empty or longer than 200 characters")
+        if name in attributes:
+            raise ValueError(f"attribute {name!r} is there twice")
         attributes[name] = text
     return attributes

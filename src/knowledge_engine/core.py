@@ -416,10 +416,13 @@ def invalid_spec(error: ValidationError, prefix: str = "") -> InvalidSpecError:
 
     `prefix` is the path of the validated message, such as `spec`.
     """
+    items = error.errors(include_url=False, include_input=False, include_context=False)
+    # A list whose items are wrong is also reported as too short; the items say it better.
+    deeper = {item["loc"][:depth] for item in items for depth in range(1, len(item["loc"]))}
     violations = [
         Violation(_path(prefix, item["loc"]), item["msg"].removeprefix("Value error, "))
-        # A long list would not fit into a response's trailing metadata (8 KiB).
-        for item in error.errors(include_url=False, include_input=False, include_context=False)[:20]
+        for item in items
+        if item["loc"] not in deeper
     ]
     first = violations[0]
     return InvalidSpecError(

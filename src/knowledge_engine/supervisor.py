@@ -4,7 +4,7 @@ Settings travel in the environment, never in argv. Each part leads a session of 
 pipe from here, its lifeline: should this process vanish, even by `kill -9`, the pipe closes and the part ends itself.
 Job workers are the server's children and outlive its crashes; a stop ends those too. Knows nothing of the parts' work.
 
-`python -m knowledge_engine.supervisor MODULE` is a part's entry: it watches the lifeline and runs the module.
+`python -m knowledge_engine.supervisor MODULE ...` is a child's entry: it watches the lifeline and runs the module.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from knowledge_engine.settings import PREFIX, Settings, split_address
 MODULES = {"server": "knowledge_engine.server", "gateway": "gateway", "engine": "knowledge_engine.inference.engine"}
 STOP_ORDER = ("gateway", "server", "engine")
 
-START_SECONDS = 30.0  # for server and gateway to answer; both take a second or two
+START_SECONDS = 60.0  # for server and gateway to answer; both take a second or two
 STABLE_SECONDS = 60.0  # a part that ran this long before it crashed starts with a clean record
 MAX_CRASHES = 5
 ENGINE_STOP_SECONDS = 5.0
@@ -124,22 +124,16 @@ class Supervisor:
             drain = self.settings.drain_seconds
             bounds = {"gateway": drain + 3, "server": 2 * drain + 7, "engine": ENGINE_STOP_SECONDS}
             for name in STOP_ORDER:
-                _end(self._parts[name], bounds[name], hurry)
+                if (process := self._parts[name].process) is not None:
+                    end_child(process, bounds[name], hurry)
             self._end_stragglers()
 
     # --- one part -------------------------------------------------------------------------------------------------
 
     def _launch(self, part: _Part) -> None:
         part.started, part.start_at = time.monotonic(), None
-        part.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "knowledge_engine.supervisor", MODULES[part.name]],
-            env=part_environment(self.settings),
-            cwd=self._folder,
-            stdin=subprocess.PIPE,  # the lifeline; nothing is ever written
-            stdout=self._log or sys.stderr.fileno(),
-            stderr=self._log or sys.stderr.fileno(),
-            start_new_session=True,
-        )
+        log = self._log or sys.stderr
+        part.process = start_child([MODULES[part.name]], self.settings, log, log, self._folder)
 
     def _await(self, part: _Part, answers: Callable[[], bool]) -> None:
         assert part.process is not None
@@ -203,16 +197,28 @@ class Supervisor:
                 process.kill()
 
 
-def _end(part: _Part, bound_seconds: float, hurry: threading.Event) -> None:
-    """SIGTERM to the part, which ends its own children; SIGKILL to its whole group after the bound."""
-    process = part.process
-    if process is None:
-        return
+def start_child(
+    command: list[str], settings: Settings, stdout: IO[Any] | int, stderr: IO[Any] | int, folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Runs `python -m` with `command`, a module and its arguments, tied to the life of this process."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "knowledge_engine.supervisor", *command],
+        env=part_environment(settings),
+        cwd=folder,
+        stdin=subprocess.PIPE,  # the lifeline; nothing is ever written
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+def end_child(process: subprocess.Popen[bytes], bound_seconds: float, hurry: threading.Event | None = None) -> None:
+    """SIGTERM to the child, which ends its own children; SIGKILL to its whole group after the bound."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         deadline = time.monotonic() + bound_seconds
-        while process.poll() is None and time.monotonic() < deadline and not hurry.is_set():
+        while process.poll() is None and time.monotonic() < deadline and not (hurry and hurry.is_set()):
             time.sleep(0.02)
     _kill_group(process.pid)
     process.wait()
@@ -408,11 +414,11 @@ def _follow_lifeline() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _run_part(module: str) -> None:
-    sys.argv = [module]
+def _run_child() -> None:
+    del sys.argv[0]
     threading.Thread(target=_follow_lifeline, name="lifeline", daemon=True).start()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    _run_part(sys.argv[1])
+    _run_child()

@@ -34,7 +34,7 @@ def demo(
     from knowledge_engine.demo import run_demo
     from knowledge_engine.settings import load_settings
 
-    run_demo(load_settings(), serve=serve, online=online, as_json=json)
+    raise typer.Exit(run_demo(load_settings(), serve=serve, online=online, as_json=json))
 
 
 def health(json: JsonOption = False, server: ServerOption = None) -> None:

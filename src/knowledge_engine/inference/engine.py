@@ -29,6 +29,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knowledge_engine.bases import prepare_base
 from knowledge_engine.core import BASE
 from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.inference.client import LOADING_RETRY_SECONDS, RETRY_SECONDS, check_private, socket_path
@@ -268,7 +269,9 @@ class Engine:
             self._post(functools.partial(self._give_up, f"unexpected {type(error).__name__}; its log says more"))
 
     def _load(self) -> tuple[Scheduler, EngineStatus]:
+        base = prepare_base(self._settings, BASE, self._report)
         # Here and not above: torch takes seconds to import, and the socket answers meanwhile.
+        self._post(functools.partial(self._set_status, EngineStatus("loading", "loading the base model", base.digest)))
         import torch
 
         from knowledge_engine import modeling
@@ -276,21 +279,14 @@ class Engine:
         from knowledge_engine.text import ChatText
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        base = modeling.prepare_base(self._settings, BASE, self._report)
         device = modeling.default_device()
         precision = modeling.serving_precision(device)
-        status = EngineStatus(
-            state="loading",
-            detail=f"loading {base.name} in {precision}",
-            base_digest=base.digest,
-            precision=precision,
-            context_length=base.context_length,
-        )
-        self._post(functools.partial(self._set_status, status))
         model = modeling.load_base(base, precision, device)
         tokenizer = ChatText.load(base).tokenizer
         scheduler = Scheduler(model, tokenizer, base.context_length, self._settings.max_active_streams)
-        return scheduler, replace(status, state="ready", detail="")
+        return scheduler, EngineStatus(
+            state="ready", base_digest=base.digest, precision=precision, context_length=base.context_length
+        )
 
     def _report(self, phase: str, fraction: float) -> None:
         now = time.monotonic()

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from knowledge_engine.bases import check_bases
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.client import EngineClient, socket_path
@@ -111,10 +112,11 @@ async def start_server(settings: Settings) -> RunningServer:
     """Opens the store, binds the port and serves.
 
     Raises:
-        InvalidSpecError: SETTINGS_INVALID, when the address cannot be bound.
+        InvalidSpecError: SETTINGS_INVALID, when the address cannot be bound or a base model is unusable.
         StateError: SERVER_RUNNING, when another server uses the data directory.
         IntegrityError: STATE_NEWER.
     """
+    check_bases(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = await asyncio.to_thread(State.open, settings.state_url)
     registry = Registry(settings.data_dir / "models")

@@ -136,7 +136,7 @@ def page(page_size: int, page_token: str) -> core.Page:
     after = None
     if page_token:
         try:
-            after = base64.urlsafe_b64decode(page_token.encode("ascii")).decode()
+            after = base64.b64decode(page_token, altchars=b"-_", validate=True).decode()
         except (ValueError, binascii.Error):
             raise InvalidSpecError(
                 "page_token is not one of ours",

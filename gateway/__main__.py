@@ -1,0 +1,40 @@
+"""`python -m gateway`: serves the gateway on `KNOWLEDGE_HTTP_ADDRESS` until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import uvicorn
+
+from gateway.app import create_app
+from knowledge_engine.errors import KnowledgeEngineError
+from knowledge_engine.settings import load_settings, split_address
+
+_BAD_SETTINGS = 2
+
+
+def main() -> int:
+    """Exit code 0 after a clean stop, 2 for settings that cannot be, 3 when the address is taken."""
+    try:
+        settings = load_settings()
+    except KnowledgeEngineError as error:
+        sys.stderr.write(f"gateway: {error.message}\n")
+        return _BAD_SETTINGS
+    host, port = split_address(settings.http_address)
+    uvicorn.run(
+        create_app(settings),
+        host=host,
+        port=port,
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

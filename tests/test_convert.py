@@ -1,0 +1,174 @@
+"""Proto to core to proto is identity, and bad input answers with the path of the field."""
+
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+
+from knowledge_engine import core
+from knowledge_engine.errors import InvalidSpecError, Reason
+from knowledge_engine.server import convert
+from knowledge_engine.v1 import generation_pb2, inference_pb2, training_pb2
+
+TRAINING: dict[str, Any] = {
+    "base_model": "tiny",
+    "dataset": "datasets/d",
+    "model": "models/m",
+    "use_qlora": False,
+    "lora": {"rank": 4, "alpha": 8, "dropout": 0.25, "target_modules": ["q_proj", "v_proj"]},
+    "learning_rate": 0.001,
+    "lr_scheduler_type": "LR_SCHEDULER_TYPE_COSINE",
+    "warmup_ratio": 0.125,
+    "weight_decay": 0.5,
+    "max_grad_norm": 2.0,
+    "max_steps": 7,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "max_length": 128,
+    "eval_split": 0.25,
+    "eval_steps": 5,
+    "logging_steps": 4,
+    "seed": 11,
+}
+GENERATION: dict[str, Any] = {
+    "catalogue": "datasets/c",
+    "dataset": "datasets/d",
+    "num_conversations": 20,
+    "topics": ["lamps", "desks"],
+    "difficulty_level": "DIFFICULTY_LEVEL_COMPLEX",
+    "include_product_data": False,
+    "seed": 3,
+}
+
+
+def training(**changes: Any) -> training_pb2.TrainingSpec:
+    return json_format.ParseDict(TRAINING | changes, training_pb2.TrainingSpec())
+
+
+def test_a_training_spec_comes_back_as_it_went() -> None:
+    proto = training()
+    assert convert.training_spec_proto(convert.training_spec(proto)) == proto
+    # Every field of the contract is in the sample, so none can be forgotten here.
+    assert {field.name for field, _ in proto.ListFields()} == (
+        {field.name for field in proto.DESCRIPTOR.fields} - {"num_train_epochs"}
+    )
+
+
+def test_a_generation_spec_comes_back_as_it_went() -> None:
+    proto = json_format.ParseDict(GENERATION, generation_pb2.GenerationSpec())
+    spec = convert.generation_spec(proto)
+    assert convert.job(job_with(spec)).generation == proto
+    assert {field.name for field, _ in proto.ListFields()} == {field.name for field in proto.DESCRIPTOR.fields}
+
+
+def job_with(spec: core.JobSpec) -> core.Job:
+    return core.Job(
+        id="job-1", kind=core.JobKind.GENERATION, state=core.JobState.QUEUED, spec=spec, create_time=core.utc_now()
+    )
+
+
+def test_unset_fields_take_the_documented_defaults() -> None:
+    minimal = training_pb2.TrainingSpec(dataset="datasets/d", model="models/m")
+    assert convert.training_spec(minimal) == core.TrainingSpec(dataset="d", model="m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"dataset": "d"}, "spec.dataset"),
+        ({"dataset": "datasets/../x"}, "spec.dataset"),
+        ({"dataset": ""}, "spec.dataset"),
+        ({"model": "models/base"}, "spec.model"),
+        ({"model": "models/a/versions/1"}, "spec.model"),
+        ({"base_model": "/etc/passwd"}, "spec.base_model"),
+        ({"base_model": "org/name"}, "spec.base_model"),
+        ({"learning_rate": 0}, "spec.learning_rate"),
+        ({"learning_rate": "NaN"}, "spec.learning_rate"),
+        ({"learning_rate": "Infinity"}, "spec.learning_rate"),
+        ({"lora": {"rank": 0}}, "spec.lora.rank"),
+        ({"lora": {"dropout": 1.0}}, "spec.lora.dropout"),
+        ({"lora": {"target_modules": [""]}}, "spec.lora.target_modules[0]"),
+        ({"lr_scheduler_type": 99}, "spec.lr_scheduler_type"),
+        ({"num_train_epochs": 1.0}, "spec"),
+        ({"max_steps": 0}, "spec.max_steps"),
+        ({"per_device_train_batch_size": 65}, "spec.per_device_train_batch_size"),
+        ({"eval_split": 0.6}, "spec.eval_split"),
+        ({"seed": -1}, "spec.seed"),
+        ({"seed": 2**32}, "spec.seed"),
+    ],
+)
+def test_a_bad_training_spec_names_the_field(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpecError) as caught:
+        convert.training_spec(training(**changes))
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def ask(**changes: Any) -> inference_pb2.GenerationInput:
+    given = {"model": "base", "messages": [{"role": "user", "content": "hi"}]} | changes
+    return json_format.ParseDict(given, inference_pb2.GenerationInput())
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model": ""}, "input.model"),
+        ({"model": "shop"}, "input.model"),
+        ({"model": "models/shop@production"}, "input.model"),
+        ({"model": "models/shop/versions/0"}, "input.model"),
+        ({"model": "models/shop/versions/1e3"}, "input.model"),
+        ({"model": "models/shop/versions/" + "9" * 40}, "input.model"),
+        ({"messages": []}, "input.messages"),
+        ({"messages": [{"role": "user", "content": "hi"}] * 201}, "input.messages"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "input.messages[0].role"),
+        ({"messages": [{"role": "user", "content": ""}]}, "input.messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "input"),
+        ({"temperature": 2.5}, "input.temperature"),
+        ({"temperature": "NaN"}, "input.temperature"),
+        ({"top_p": -0.1}, "input.top_p"),
+        ({"top_k": -1}, "input.top_k"),
+        ({"max_tokens": 0}, "input.max_tokens"),
+        ({"stop": ["a"] * 9}, "input.stop"),
+        ({"stop": [""]}, "input.stop[0]"),
+        ({"seed": -1}, "input.seed"),
+    ],
+)
+def test_a_bad_question_names_the_field(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidSpecError) as caught:
+        convert.generation_input(ask(**changes))
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_context_arrives_with_whole_numbers_whole() -> None:
+    asked = convert.generation_input(ask(context={"products": [{"title": "Lamp", "price": 20, "rating": 4.5}]}))
+    assert asked.context == {"products": [{"title": "Lamp", "price": 20, "rating": 4.5}]}
+    assert isinstance(asked.context["products"][0]["price"], int)
+
+
+def test_a_version_can_be_asked_for() -> None:
+    asked = convert.generation_input(ask(model="models/shop/versions/12"))
+    assert (asked.model, asked.version) == ("shop", 12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "jobs", "jobs/", "jobs/..", "jobs/a/b", "jobs/%2e%2e", "jobs/a\0", "jobs/a\n", "jobs/" + "a" * 300, "job/a"]
+    + ["jobs/.", "jobs/-a", "jobs/．．", "../jobs/a", "jobs//a", "jobs/C:\\x"],
+)
+def test_names_with_tricks_are_refused(name: str) -> None:
+    with pytest.raises(InvalidSpecError) as caught:
+        convert.parse_name(name, "jobs")
+    assert caught.value.reason is Reason.NAME_INVALID
+
+
+def test_page_tokens_are_opaque_and_checked() -> None:
+    assert convert.page(0, "") == core.Page(convert.DEFAULT_PAGE_SIZE, None)
+    assert convert.page(7, convert.page_token("job-1")) == core.Page(7, "job-1")
+    for size, token, reason in (
+        (-1, "", Reason.SPEC_INVALID),
+        (1001, "", Reason.SPEC_INVALID),
+        (1, "%%%", Reason.PAGE_TOKEN_INVALID),
+        (1, "ünï", Reason.PAGE_TOKEN_INVALID),
+    ):
+        with pytest.raises(InvalidSpecError) as caught:
+            convert.page(size, token)
+        assert caught.value.reason is reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 
 import uvicorn
@@ -15,12 +16,14 @@ _BAD_SETTINGS = 2
 
 
 def main() -> int:
-    """Exit code 0 after a clean stop, 2 for settings that cannot be, 3 when the address is taken."""
+    """Exit code 0 after a clean stop, 1 when the address is taken, 2 for settings that cannot be."""
     try:
         settings = load_settings()
     except KnowledgeEngineError as error:
         sys.stderr.write(f"gateway: {error.message}\n")
         return _BAD_SETTINGS
+    # uvicorn repeats the signal once it has stopped; the default action would make a clean stop look like a kill.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     host, port = split_address(settings.http_address)
     uvicorn.run(
         create_app(settings),

@@ -6,7 +6,7 @@ A call never outlives its caller: when the HTTP client goes away, the call is ca
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
@@ -24,7 +24,6 @@ from knowledge_engine.v1 import datasets_pb2_grpc, inference_pb2_grpc, jobs_pb2_
 
 _Q = TypeVar("_Q", bound=Message)
 _A = TypeVar("_A", bound=Message)
-_T = TypeVar("_T")
 
 _CHANNEL_OPTIONS = (
     # A 10 MB JSON body fits into a message, and so does a page of a thousand jobs.
@@ -139,11 +138,3 @@ def client_gone() -> ProblemError:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def settled(awaitable: Awaitable[_T]) -> _T | grpc.aio.AioRpcError:
-    """The result, or the call's error as a value."""
-    try:
-        return await awaitable
-    except grpc.aio.AioRpcError as error:
-        return error

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from gateway import schemas
 from gateway.backend import Backend, Call
+from gateway.openapi import errors, rpc
 from gateway.strict import StrictRoute
 from knowledge_engine.settings import Settings
 from knowledge_engine.v1 import datasets_pb2, inference_pb2, jobs_pb2, models_pb2
@@ -31,8 +32,11 @@ _SERVING = "SERVING"
 @router.get(
     "/health",
     response_model=schemas.HealthResponse,
-    responses={503: {"model": schemas.HealthResponse, "description": "The server does not answer or does not serve."}},
-    openapi_extra={"x-rpc": ["Health.Check"]},
+    responses={
+        503: {"model": schemas.HealthResponse, "description": "The server does not answer or does not serve."},
+        **errors(only=(403, 422)),
+    },
+    openapi_extra=rpc("Health.Check"),
 )
 async def health(calls: Call, response: Response) -> schemas.HealthResponse:
     """How the service is; 503 when it is unhealthy."""

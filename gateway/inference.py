@@ -1,4 +1,4 @@
-"""The inference route: one answer as JSON, or its pieces as server-sent events. Closing the connection ends decoding."""
+"""The inference route: one answer as JSON, or its pieces as server-sent events. A closed connection ends decoding."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ page's Content-Security-Policy lets a browser load nothing from elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -39,10 +40,13 @@ _POLICY = (
 _SCHEMA_PREFIX = "#/components/schemas/"
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses=` of a route: the problems it answers, the common ones and `statuses`."""
+def errors(*statuses: int, only: Sequence[int] = ()) -> dict[int | str, dict[str, Any]]:
+    """`responses=` of a route: the problems it answers, the common ones and `statuses`, or `only` these."""
     content = {MEDIA_TYPE: {"schema": {"$ref": f"{_SCHEMA_PREFIX}Problem"}}}
-    return {status: {"description": title_of(status), "content": content} for status in sorted({*_COMMON, *statuses})}
+    return {
+        status: {"description": title_of(status), "content": content}
+        for status in sorted(only or {*_COMMON, *statuses})
+    }
 
 
 def rpc(*names: str, **extra: Any) -> dict[str, Any]:

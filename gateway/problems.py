@@ -183,7 +183,8 @@ def _retry_seconds(status: status_pb2.Status, failure: Failure) -> int | None:
     for detail in status.details:
         if detail.Is(info.DESCRIPTOR):
             detail.Unpack(info)
-            return max(1, math.ceil(info.retry_delay.ToMilliseconds() / 1000))
+            milliseconds: int = info.retry_delay.ToMilliseconds()
+            return max(1, math.ceil(milliseconds / 1000))
     return 1 if failure.reason == Reason.SERVER_UNAVAILABLE else None
 
 

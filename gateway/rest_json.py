@@ -7,7 +7,7 @@ One walk over descriptors, so that a new field of the contract shows by itself. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
@@ -31,7 +31,8 @@ _UPPER_CASE = "knowledge_engine.v1.JobState"
 def to_json(message: Message) -> dict[str, Any]:
     """Every field of a message. An unset one is null; of a oneof, only the member that is set appears."""
     values: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
+    fields: Sequence[FieldDescriptor] = message.DESCRIPTOR.fields  # type: ignore[assignment]
+    for field in fields:
         if _is_oneof_member(field) and not message.HasField(field.name):
             continue
         values[rest_name(field)] = _field(message, field)

@@ -1,6 +1,7 @@
-"""The REST routes of jobs, datasets and models: JSON in, stub calls, JSON or server-sent events out. No policy: the server decides.
+"""The REST routes of jobs, datasets and models: JSON in, stub calls, JSON or server-sent events out.
 
-Every route names the RPCs it serves in its OpenAPI entry (`x-rpc`) and documents the errors it can answer.
+They hold no policy: the server decides. Every route names the RPCs it serves in its OpenAPI entry (`x-rpc`) and
+documents the errors it can answer.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ async def generate_data(body: schemas.GenerateDataRequest, calls: Call) -> schem
 async def list_jobs(calls: Call, page_size: PageSize = 0, page_token: PageToken = "") -> dict[str, Any]:
     """Lists jobs, newest first."""
     message = jobs_pb2.ListJobsRequest(page_size=page_size, page_token=page_token)
-    return to_json(await calls.unary(calls.server.jobs.ListJobs, message))
+    answer = await calls.unary(calls.server.jobs.ListJobs, message)
+    return to_json(answer)
 
 
 @router.get(
@@ -198,7 +200,8 @@ async def upload_dataset(
 async def list_datasets(calls: Call, page_size: PageSize = 0, page_token: PageToken = "") -> dict[str, Any]:
     """Lists datasets, newest first."""
     message = datasets_pb2.ListDatasetsRequest(page_size=page_size, page_token=page_token)
-    return to_json(await calls.unary(calls.server.datasets.ListDatasets, message))
+    answer = await calls.unary(calls.server.datasets.ListDatasets, message)
+    return to_json(answer)
 
 
 @router.get(
@@ -288,7 +291,8 @@ async def list_model_versions(
 ) -> dict[str, Any]:
     """Lists the versions of a model, newest first."""
     message = models_pb2.ListModelVersionsRequest(parent=f"models/{model}", page_size=page_size, page_token=page_token)
-    return to_json(await calls.unary(calls.server.models.ListModelVersions, message))
+    answer = await calls.unary(calls.server.models.ListModelVersions, message)
+    return to_json(answer)
 
 
 @router.get(

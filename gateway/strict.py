@@ -26,7 +26,7 @@ MAX_INTEGER = 2**53
 
 
 class StrictRequest(Request):
-    """A request whose `body` is bounded while it streams in, and whose `json` takes JSON (RFC 8259) and nothing else."""
+    """A request whose `body` is bounded while it streams in, and whose `json` takes RFC 8259 and nothing else."""
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):

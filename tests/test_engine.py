@@ -203,8 +203,9 @@ async def test_mixed_concurrent_answers_equal_those_one_by_one(
 async def test_a_long_prompt_is_read_in_pieces_and_answered_as_in_one(
     engine: EngineProcess, client: EngineClient
 ) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     token_ids = (prompt(engine) * 60)[:900]
     before = (await client.refresh()).num_steps
     got = await answer(client, ask(token_ids, max_tokens=20))

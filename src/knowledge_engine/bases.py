@@ -186,8 +186,9 @@ def _model_files(folder: Path, setting: str) -> list[Path]:
 
     if not folder.is_absolute() or not folder.is_dir():
         raise refuse(
-            f"{str(folder)!r} is no folder on this machine; write the absolute path of a model folder with config.json, "
-            "safetensors weights, tokenizer.json and a chat template (hub names are not understood in this release)"
+            f"{str(folder)!r} is no folder on this machine; write the absolute path of a model folder with "
+            "config.json, safetensors weights, tokenizer.json and a chat template (hub names are not understood in "
+            "this release)"
         )
     weights = sorted(folder.glob("*.safetensors"))
     needed = [folder / "config.json", folder / "tokenizer.json"]

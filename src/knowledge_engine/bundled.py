@@ -132,7 +132,7 @@ def _to_transformers(name: str, weight: Any, config: dict[str, Any]) -> tuple[st
 
 
 def _halves_apart(weight: Any, heads: int) -> Any:
-    """llama.cpp rotates neighbouring rows of a head, transformers its two halves: row 2i + j becomes row j * half + i."""
+    """llama.cpp rotates neighbouring rows of a head, transformers its halves: row 2i + j becomes row j * half + i."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

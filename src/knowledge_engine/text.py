@@ -1,17 +1,40 @@
 """The only renderer of conversations: context into the system message, chat template, encoding, trained-token mask.
 
-Training and serving both go through here, so they cannot drift. Imports `tokenizers` and `jinja2`, never torch.
+Training and serving both go through here, so they cannot drift: the ids of a prompt are always the first ids of every
+example that goes on from it. Imports `tokenizers` and `jinja2`, never torch. Templates run in Jinja's sandbox and see
+the messages and the names of the special tokens, nothing else; what users write can never become a control token.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
 
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from knowledge_engine.bases import Base
 from knowledge_engine.core import Message
+from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
 
 DEFAULT_SYSTEM = "You are a helpful shopping assistant."
+MAX_TEMPLATE_CHARACTERS = 65_536
+_MAX_NAMED_ROWS = 20
+
+# Private characters, which no script uses, stand in for control tokens while a template renders.
+_STAND_IN_FIRST, _STAND_IN_LAST = 0xF0000, 0x10FFFD
+_STAND_IN = f"[{chr(_STAND_IN_FIRST)}-{chr(_STAND_IN_LAST)}]"
+_STAND_IN_RUN = re.compile(rf"({_STAND_IN})\1*")
 
 
 def with_context(messages: Sequence[Message], context: Mapping[str, Any] | None) -> tuple[Message, ...]:
@@ -60,3 +83,367 @@ def _product_line(product: Any) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """Reads the `{% generation %}` blocks that some templates carry; they only mark, and render as their content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _TemplateRefusalError(Exception):
+    """A template's own `raise_exception`: it will not have these messages."""
+
+
+class HasMessages(Protocol):
+    """A conversation, however it is stored."""
+
+    @property
+    def messages(self) -> Sequence[Message]: ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation for training; the three lists have one entry per token.
+
+    `offsets` are character positions in the rendered text; `trained` says which tokens are learned.
+    """
+
+    input_ids: list[int]
+    offsets: list[tuple[int, int]]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A rendered text, and where in it (start, end) the names of control tokens stand that a user wrote."""
+
+    text: str
+    quoted: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Tokens of a rendered text; `marks` are the indices of the first tokens after each cut."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    marks: list[int]
+
+
+class ChatText:
+    """One base's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, names: Mapping[str, str], stop_token_ids: Iterable[int]):
+        """`names` are the special tokens as templates know them, such as `bos_token`.
+
+        Raises:
+            InvalidSpecError: CHAT_TEMPLATE_REFUSED, a template for which masks could not be right.
+        """
+        self.template_digest = f"sha256:{hashlib.sha256(template.encode()).hexdigest()}"
+        self._names = dict(names)
+        self._template = _compile(template)
+        self._control = {
+            token.content: index
+            for index, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special or (token.content.strip() and token.content in template)
+        }
+        self._control_ids = frozenset(self._control.values())
+        self.tokenizer = _with_control_tokens(tokenizer, self._control)
+        self._plain = _with_control_tokens(tokenizer, self._control)
+        self._plain.encode_special_tokens = True
+        for token in self._control:
+            if not self._control_ids.isdisjoint(self._plain.encode(token, add_special_tokens=False).ids):
+                raise _refused(f"the tokenizer cannot tell the control token {token!r} from the same text")
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._protected = re.compile("|".join([*map(re.escape, longest_first), _STAND_IN]))
+        probe = [Message(role="user", content="Hello"), Message(role="assistant", content="Hi")] * 2
+        example = self.encode_example(probe)
+        self.stop_token_ids = frozenset({*stop_token_ids, example.input_ids[_last(example.trained)]})
+
+    @classmethod
+    def load(cls, base: Base) -> ChatText:
+        """Reads tokenizer.json, tokenizer_config.json, generation_config.json and the template of a base.
+
+        Raises:
+            InvalidSpecError: CHAT_TEMPLATE_REFUSED.
+            IntegrityError: BASE_MODEL_CORRUPT, tokenizer.json cannot be read.
+        """
+        config = _read_json(base.folder / "tokenizer_config.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise IntegrityError(
+                f"tokenizer.json of the base model {base.name!r} cannot be read: {error}",
+                reason=Reason.BASE_MODEL_CORRUPT,
+                base_model=base.name,
+                file="tokenizer.json",
+            ) from error
+        names = _special_names(config)
+        stop = _read_json(base.folder / "generation_config.json").get("eos_token_id")
+        stop_ids = [item for item in (stop if isinstance(stop, list) else [stop]) if isinstance(item, int)]
+        if (eos := tokenizer.token_to_id(names.get("eos_token", ""))) is not None:
+            stop_ids.append(eos)
+        return cls(tokenizer, read_template(base.folder), names, stop_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, the added ones included."""
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The conversation as the template writes it.
+
+        Raises:
+            InvalidSpecError: SPEC_INVALID, the template will not have these messages; CHAT_TEMPLATE_REFUSED.
+        """
+        return self._render(messages, add_generation_prompt).text
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to where the assistant's next words begin. Raises as `render`."""
+        rendered = self._render(messages, True)
+        return self._encode(rendered, [start for start, _ in self._turns(messages, rendered.text)]).ids
+
+    def encode_example(self, messages: Sequence[Message]) -> Example:
+        """Token ids of a whole conversation; trained are the assistant's turns up to their end-of-turn token.
+
+        Raises:
+            InvalidSpecError: SPEC_INVALID, CHAT_TEMPLATE_REFUSED.
+        """
+        rendered = self._render(messages, False)
+        turns = self._turns(messages, rendered.text)
+        encoded = self._encode(rendered, [start for start, _ in turns])
+        trained = [False] * len(encoded.ids)
+        for first, (_, end) in zip(encoded.marks, turns, strict=True):
+            inside = [i for i in range(first, len(trained)) if encoded.offsets[i][0] < end]
+            control = [i for i in inside if encoded.ids[i] in self._control_ids]
+            if not control:
+                raise _refused("it ends the assistant's turn with no control token, so a model could not learn to stop")
+            # What follows the end-of-turn token, such as a line break, is never generated.
+            trained[first : control[-1] + 1] = [True] * (control[-1] + 1 - first)
+        return Example(encoded.ids, encoded.offsets, trained)
+
+    def _turns(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Where in `text`, the rendering of `messages`, each assistant turn starts and ends, its closing included."""
+        turns: list[tuple[int, int]] = []
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                before = self.render(messages[:index], add_generation_prompt=True)
+                through = self.render(messages[: index + 1], add_generation_prompt=False)
+                if not (through.startswith(before) and text.startswith(through)):
+                    raise _refused(
+                        "it writes the beginning of a conversation in another way once the conversation goes on, so "
+                        "what was trained would not be what is asked"
+                    )
+                turns.append((len(before), len(through)))
+        return turns
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendered:
+        stand_ins: dict[str, str] = {}
+
+        def hide(match: re.Match[str]) -> str:
+            code = _STAND_IN_FIRST + len(stand_ins)
+            if code > _STAND_IN_LAST:
+                raise InvalidSpecError("the messages hold too many private-use characters")
+            return stand_ins.setdefault(match[0], chr(code)) * len(match[0])
+
+        hidden = [{"role": item.role, "content": self._protected.sub(hide, item.content)} for item in messages]
+        try:
+            text = self._template.render(
+                messages=hidden, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self._names
+            )
+        except _TemplateRefusalError as error:
+            raise InvalidSpecError(f"the base's chat template refuses these messages: {str(error)[:300]}") from error
+        except Exception as error:  # a template is data: whatever it breaks, it is the template's fault
+            raise _refused(f"{type(error).__name__}: {str(error)[:300]}") from error
+        return self._restore(text, {stand_in: literal for literal, stand_in in stand_ins.items()})
+
+    def _restore(self, text: str, literals: Mapping[str, str]) -> _Rendered:
+        """Puts back what stood-in characters stand for; each stands as often as its literal is long."""
+        pieces: list[str] = []
+        quoted: list[tuple[int, int]] = []
+        position = 0
+        for run in _STAND_IN_RUN.finditer(text):
+            literal = literals.get(run[1], "")
+            if not literal or len(run[0]) % len(literal):
+                raise _refused("it takes message contents apart")
+            pieces += [text[position : run.start()], literal * (len(run[0]) // len(literal))]
+            position = run.end()
+            if literal in self._control:
+                quoted.append((run.start(), run.end()))
+        return _Rendered("".join([*pieces, text[position:]]), quoted)
+
+    def _encode(self, rendered: _Rendered, cuts: Sequence[int]) -> _Encoded:
+        """Tokens of the whole text, such that the tokens before each cut are those of the text before it.
+
+        Mostly the ordinary encoding has that property. Where a token would span a cut (say two line breaks of which the
+        second begins the answer), the text is encoded in two parts, as it is when the model answers.
+        """
+        done = _Encoded([], [], [])
+        start = 0
+        for cut, following in pairwise([*cuts, len(rendered.text)]):
+            ids, offsets = self._encode_part(rendered, start, cut)
+            done.marks.append(len(done.ids) + len(ids))
+            if self._encode_part(rendered, start, following)[0][: len(ids)] != ids:
+                done.ids.extend(ids)
+                done.offsets.extend(offsets)
+                start = cut
+        ids, offsets = self._encode_part(rendered, start, len(rendered.text))
+        done.ids.extend(ids)
+        done.offsets.extend(offsets)
+        return done
+
+    def _encode_part(self, rendered: _Rendered, start: int, end: int) -> tuple[list[int], list[tuple[int, int]]]:
+        text = rendered.text[start:end]
+        quoted = [(max(a, start) - start, min(b, end) - start) for a, b in rendered.quoted if a < end and b > start]
+        masked = text
+        for first, last in quoted:
+            masked = masked[:first] + chr(_STAND_IN_FIRST) * (last - first) + masked[last:]
+        encoding = self.tokenizer.encode(masked, add_special_tokens=False)
+        tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
+        if quoted:
+            tokens = self._reencode(text, tokens, quoted)
+        return [token for token, _ in tokens], [(a + start, b + start) for _, (a, b) in tokens]
+
+    def _reencode(self, text: str, tokens: list[_Token], quoted: Sequence[tuple[int, int]]) -> list[_Token]:
+        """Tokens of `text`, given those of the same text with its quoted parts masked: the stretches between control
+        tokens that hold a quoted part are encoded again, as plain text."""
+        done: list[_Token] = []
+        stretch: list[_Token] = []
+        first = 0
+        for token, (start, end) in [*tokens, (-1, (len(text), len(text)))]:
+            if token != -1 and token not in self._control_ids:
+                stretch.append((token, (start, end)))
+                continue
+            if any(first <= a < start for a, _ in quoted):
+                plain = self._plain.encode(text[first:start], add_special_tokens=False)
+                stretch = [(i, (a + first, b + first)) for i, (a, b) in zip(plain.ids, plain.offsets, strict=True)]
+            done += stretch
+            if token != -1:
+                done.append((token, (start, end)))
+            stretch, first = [], end
+        return done
+
+
+_Token = tuple[int, tuple[int, int]]
+
+
+def encode_conversations(conversations: Iterable[HasMessages], text: ChatText, max_length: int) -> list[Example]:
+    """Every conversation as an example of at most `max_length` tokens, in the same order; rows count from 1.
+
+    Raises:
+        InvalidSpecError: EXAMPLE_TOO_LONG or NOTHING_TO_TRAIN, naming rows (nothing is ever cut); SPEC_INVALID or
+            CHAT_TEMPLATE_REFUSED, naming the first row that the template does not take.
+    """
+    examples: list[Example] = []
+    too_long: list[Violation] = []
+    untrained: list[Violation] = []
+    for row, conversation in enumerate(conversations, 1):
+        try:
+            example = text.encode_example(conversation.messages)
+        except InvalidSpecError as error:
+            raise InvalidSpecError(f"row {row}: {error.message}", reason=error.reason, row=row) from error
+        if not any(example.trained):
+            untrained.append(Violation(f"rows[{row}]", "holds no assistant turn"))
+        if len(example.input_ids) > max_length:
+            too_long.append(Violation(f"rows[{row}]", f"has {len(example.input_ids)} tokens"))
+        examples.append(example)
+    if untrained or not examples:
+        raise InvalidSpecError(
+            f"nothing would be learned from {_name_rows(untrained) or 'an empty dataset'}: no assistant turn",
+            reason=Reason.NOTHING_TO_TRAIN,
+            violations=untrained[:_MAX_NAMED_ROWS],
+            num_rows=len(untrained),
+        )
+    if too_long:
+        raise InvalidSpecError(
+            f"{_name_rows(too_long)}: longer than max_length ({max_length} tokens); an answer would be cut",
+            reason=Reason.EXAMPLE_TOO_LONG,
+            violations=too_long[:_MAX_NAMED_ROWS],
+            max_length=max_length,
+            num_rows=len(too_long),
+        )
+    return examples
+
+
+def read_template(folder: Path) -> str:
+    """The chat template of a model folder, whichever way it is kept.
+
+    Raises:
+        InvalidSpecError: CHAT_TEMPLATE_REFUSED, there is none.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    kept = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(kept, list):
+        kept = next((item.get("template") for item in kept if item.get("name") == "default"), None)
+    if not isinstance(kept, str):
+        raise _refused("the model folder holds none")
+    return kept
+
+
+def _compile(template: str) -> jinja2.Template:
+    """The environment that transformers gives chat templates, without the clock: a prompt must not change by itself."""
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise _refused(f"it has {len(template)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
+
+    def refuse(message: object) -> None:
+        raise _TemplateRefusalError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise _refused(f"it does not parse: {error}") from error
+
+
+def _with_control_tokens(tokenizer: Tokenizer, control: Mapping[str, int]) -> Tokenizer:
+    """A copy in which exactly `control` are special, each found in the text as it is and never in a normalised form."""
+    data = json.loads(tokenizer.to_str())
+    for token in data["added_tokens"]:
+        token["special"] = token["content"] in control
+        token["normalized"] = token["normalized"] and not token["special"]
+    return Tokenizer.from_str(json.dumps(data))
+
+
+def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            names[key] = text
+    return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _refused(why: str) -> InvalidSpecError:
+    return InvalidSpecError(f"the base's chat template cannot be used: {why}", reason=Reason.CHAT_TEMPLATE_REFUSED)
+
+
+def _last(flags: Sequence[bool]) -> int:
+    return max(index for index, flag in enumerate(flags) if flag)
+
+
+def _name_rows(violations: Sequence[Violation]) -> str:
+    rows = [violation.field.removeprefix("rows[").removesuffix("]") for violation in violations[:_MAX_NAMED_ROWS]]
+    more = f" and {len(violations) - len(rows)} more" if len(violations) > len(rows) else ""
+    return f"row{'s' if len(violations) > 1 else ''} {', '.join(rows)}{more}" if rows else ""

@@ -112,7 +112,7 @@ class Engine:
     async def _say_goodbye(self) -> None:
         if not self._failed:
             self._set_status(replace(self._status, state="down", detail="the engine is stopping"))
-        for writer in self._connections.values():
+        for writer in tuple(self._connections.values()):
             writer.close()
             with contextlib.suppress(OSError, TimeoutError):
                 await asyncio.wait_for(writer.wait_closed(), 1)

@@ -1,0 +1,231 @@
+"""The client's view of the wire: what the server sends comes out as the same `core` types and errors."""
+
+from __future__ import annotations
+
+import socket
+from datetime import UTC, datetime
+
+import pytest
+
+from knowledge_engine import core, errors
+from knowledge_engine.cli.output import EXIT_CODES, exit_code
+from knowledge_engine.client import Client
+from knowledge_engine.client_convert import (
+    completion_from_proto,
+    dataset_from_proto,
+    error_from_status,
+    event_from_proto,
+    generation_spec_to_proto,
+    job_from_proto,
+    model_from_proto,
+    model_resource,
+    training_spec_to_proto,
+)
+from knowledge_engine.server import convert
+from knowledge_engine.server.status import to_status
+
+NOW = datetime(2030, 1, 2, 3, 4, 5, 600_000, tzinfo=UTC)
+COMPARISON = core.HeldOutComparison(
+    base_loss=2.5, tuned_loss=0.5, num_conversations=12, num_tokens=900, precision="float32"
+)
+TRAINING = core.TrainingSpec(
+    dataset="talks",
+    model="assistant",
+    lora=core.LoraConfig(rank=4, target_modules=("q_proj", "v_proj")),
+    lr_scheduler_type=core.LrSchedulerType.COSINE,
+    max_steps=7,
+    warmup_ratio=0.0,
+)
+GENERATION = core.GenerationSpec(
+    catalogue="shop",
+    dataset="talks",
+    num_conversations=50,
+    topics=("kettle", "shoe"),
+    difficulty_level=core.DifficultyLevel.COMPLEX,
+    include_product_data=False,
+    seed=0,
+)
+TRAINED = core.TrainingResult(
+    model="assistant",
+    version=3,
+    digest="sha256:aa",
+    train_loss=1.25,
+    comparison=COMPARISON,
+    num_steps=7,
+    num_tokens=4000,
+    tokens_per_second=160.5,
+    training_seconds=24.75,
+    peak_memory_bytes=2**31,
+)
+GENERATED = core.GenerationResult(
+    dataset="talks",
+    digest="sha256:bb",
+    num_conversations=50,
+    num_rejected=3,
+    rejections={"WRONG_PRICE": 2, "DUPLICATE": 1},
+    provider="offline",
+)
+FAILURE = errors.InvalidSpecError(
+    "row 3 is too long",
+    reason=errors.Reason.EXAMPLE_TOO_LONG,
+    violations=[errors.Violation("spec.max_length", "row 3 has 3000 tokens")],
+    row=3,
+)
+PROGRESS = core.Progress(phase="training", step=0, total_steps=7, loss=1.5, epoch=0.25, eta_seconds=12.5)
+
+JOBS = {
+    "queued": core.Job(
+        id="j1", kind=core.JobKind.GENERATION, state=core.JobState.QUEUED, spec=GENERATION, create_time=NOW
+    ),
+    "succeeded": core.Job(
+        id="j2",
+        kind=core.JobKind.TRAINING,
+        state=core.JobState.SUCCEEDED,
+        spec=TRAINING,
+        result=TRAINED,
+        progress=PROGRESS,
+        create_time=NOW,
+        start_time=NOW,
+        end_time=NOW,
+        attempt=2,
+        creator="shop",
+        tracker_run=core.TrackerRun(id="run1"),
+        last_sequence=40,
+    ),
+    "failed": core.Job(
+        id="j3",
+        kind=core.JobKind.TRAINING,
+        state=core.JobState.FAILED,
+        spec=TRAINING,
+        error=FAILURE.to_dict(),
+        create_time=NOW,
+    ),
+}
+
+PAYLOADS: dict[str, core.EventPayload] = {
+    "state": core.StateChange(state=core.JobState.RUNNING, attempt=1, message="started"),
+    "failure": core.StateChange(state=core.JobState.FAILED, attempt=1, error=FAILURE.to_dict()),
+    "progress": PROGRESS,
+    "log": core.LogLine(message="hello"),
+    "warning": core.JobWarning(reason="SLOW", message="this is slow"),
+    "training": core.ResultEvent(result=TRAINED),
+    "generation": core.ResultEvent(result=GENERATED),
+}
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS.keys())
+def test_job_survives_the_wire(job: core.Job) -> None:
+    assert job_from_proto(convert.job(job)) == job
+
+
+@pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS.keys())
+def test_event_survives_the_wire(payload: core.EventPayload) -> None:
+    event = core.JobEvent(job_id="j1", sequence=9, create_time=NOW, payload=payload)
+    assert event_from_proto(convert.job_event(event)) == event
+
+
+def test_dataset_and_model_survive_the_wire() -> None:
+    dataset = core.Dataset(
+        name="talks",
+        kind=core.DatasetKind.CONVERSATIONS,
+        digest="sha256:bb",
+        num_rows=50,
+        size_bytes=1234,
+        create_time=NOW,
+        parents=("sha256:cc",),
+        job_id="j1",
+    )
+    version = core.ModelVersion(
+        model="assistant",
+        version=3,
+        digest="sha256:aa",
+        base_model="base",
+        base_digest="sha256:dd",
+        dataset_digest="sha256:bb",
+        chat_template_digest="sha256:ee",
+        job_id="j2",
+        spec=TRAINING,
+        comparison=COMPARISON,
+        training_precision="nf4",
+        size_bytes=99,
+        create_time=NOW,
+    )
+    model = core.Model(name="assistant", create_time=NOW, latest_version=version, num_versions=2)
+    empty = core.Model(name="assistant", create_time=NOW, latest_version=None, num_versions=0)
+    assert dataset_from_proto(convert.dataset(dataset)) == dataset
+    assert model_from_proto(convert.model(model)) == model
+    assert model_from_proto(convert.model(empty)) == empty
+
+
+@pytest.mark.parametrize(("model", "version"), [("base", None), ("assistant", 3)])
+def test_completion_survives_the_wire(model: str, version: int | None) -> None:
+    completion = core.Completion(
+        finish_reason=core.FinishReason.LENGTH,
+        prompt_tokens=10,
+        completion_tokens=20,
+        model=model,
+        version=version,
+        digest="sha256:aa",
+        time_to_first_token_seconds=0.25,
+        total_seconds=1.5,
+    )
+    assert completion_from_proto(convert.completion(completion)) == completion
+
+
+def test_specs_reach_the_server_as_they_were_meant() -> None:
+    assert convert.training_spec(training_spec_to_proto(TRAINING)) == TRAINING
+    assert convert.generation_spec(generation_spec_to_proto(GENERATION)) == GENERATION
+
+
+def test_what_was_not_set_is_left_to_the_server() -> None:
+    proto = training_spec_to_proto(core.TrainingSpec(dataset="talks", model="assistant", seed=1))
+    assert {field.name for field, _ in proto.ListFields()} == {"dataset", "model", "seed"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in errors.KINDS.values() if kind is not errors.CredentialsError])
+def test_error_survives_the_wire(kind: type[errors.KnowledgeEngineError]) -> None:
+    error = kind(
+        "it went wrong",
+        reason=errors.Reason.QUEUE_FULL,
+        violations=[errors.Violation("spec.seed", "is odd")],
+        retry_after_seconds=2.5,
+        limit=64,
+    )
+    returned = error_from_status(to_status(error))
+    assert type(returned) is kind
+    assert returned.to_dict() == error.to_dict()
+
+
+def test_reason_of_a_newer_server_is_kept_as_metadata() -> None:
+    status = to_status(errors.NotFoundError("gone", reason=errors.Reason.JOB_NOT_FOUND))
+    info = status.details[0]
+    info.value = info.value.replace(b"JOB_NOT_FOUND", b"JOB_NOT_FOUNF")
+    error = error_from_status(status)
+    assert isinstance(error, errors.NotFoundError)
+    assert error.metadata["reason"] == "JOB_NOT_FOUNF"
+
+
+def test_every_error_class_has_its_own_exit_code() -> None:
+    kinds = [kind for kind in errors.KINDS.values() if kind is not errors.KnowledgeEngineError]
+    codes = {exit_code(kind("x")) for kind in kinds}
+    assert set(EXIT_CODES) == set(kinds)
+    assert len(codes) == len(kinds)
+    assert codes.isdisjoint({0, 1, 2, 130})
+    assert exit_code(errors.KnowledgeEngineError("x")) == 1
+
+
+def test_models_are_addressed_by_short_names() -> None:
+    assert [model_resource(name) for name in ("base", "x", "x:3")] == ["base", "models/x", "models/x/versions/3"]
+
+
+def test_unreachable_server_is_an_upstream_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    with Client(address) as client, pytest.raises(errors.UpstreamError, match=address) as caught:
+        client.get_job("j1")
+    assert caught.value.reason is errors.Reason.SERVER_UNAVAILABLE
+
+
+def test_unknown_option_of_an_answer_is_refused() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(TypeError, match="temprature"):
+        client.generate("base", "hello", temprature=1)

@@ -1,0 +1,263 @@
+"""Jobs as their clients see them: real workers, real events, cancelling, restarts, crashes."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from knowledge_engine.core import JobState, StateChange
+from knowledge_engine.server.app import RunningServer, start_server
+from knowledge_engine.settings import Settings
+from knowledge_engine.state import State
+from knowledge_engine.v1 import generation_pb2, jobs_pb2, jobs_pb2_grpc
+
+PATIENCE = 90
+
+
+async def create(channel: grpc.aio.Channel, num_conversations: int = 20, **fields: object) -> str:
+    stub = jobs_pb2_grpc.JobServiceStub(channel)
+    spec = generation_pb2.GenerationSpec(num_conversations=num_conversations, **fields)  # type: ignore[arg-type]
+    created = await stub.CreateGenerationJob(jobs_pb2.CreateGenerationJobRequest(spec=spec))
+    return created.job.name
+
+
+async def watch(channel: grpc.aio.Channel, name: str, after: int = 0) -> list[jobs_pb2.JobEvent]:
+    stub = jobs_pb2_grpc.JobServiceStub(channel)
+    call = stub.WatchJob(jobs_pb2.WatchJobRequest(name=name, after_sequence=after), timeout=PATIENCE)
+    return [response.event async for response in call]
+
+
+async def get(channel: grpc.aio.Channel, name: str) -> jobs_pb2.Job:
+    return (await jobs_pb2_grpc.JobServiceStub(channel).GetJob(jobs_pb2.GetJobRequest(name=name))).job
+
+
+async def cancel(channel: grpc.aio.Channel, name: str) -> jobs_pb2.Job:
+    return (await jobs_pb2_grpc.JobServiceStub(channel).CancelJob(jobs_pb2.CancelJobRequest(name=name))).job
+
+
+async def until_running(channel: grpc.aio.Channel, name: str, state: State) -> psutil.Process:
+    """The job's worker, once it has said that it is alive."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        for attempt in state.running_attempts():
+            if f"jobs/{attempt.job.id}" == name and attempt.worker_pid:
+                return psutil.Process(attempt.worker_pid)
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{name} never ran: {await get(channel, name)}")
+
+
+async def test_a_job_runs_and_every_watcher_sees_the_same_log(channel: grpc.aio.Channel) -> None:
+    name = await create(channel)
+    live = await asyncio.gather(*(watch(channel, name) for _ in range(5)))
+    late = await watch(channel, name)
+    assert all(events == late for events in live)
+    assert [event.sequence for event in late] == list(range(1, len(late) + 1))
+    assert late[-1].state_change.state == jobs_pb2.JOB_STATE_SUCCEEDED
+    assert late[-2].result.generation.num_conversations == 20
+    for after in (1, len(late) - 1, len(late), len(late) + 5):
+        assert await watch(channel, name, after) == late[after:]
+    job = await get(channel, name)
+    assert job.result.generation == late[-2].result.generation
+    assert job.last_sequence == len(late)
+    assert job.HasField("end_time")
+
+
+async def test_a_negative_sequence_is_refused(channel: grpc.aio.Channel) -> None:
+    name = await create(channel)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await watch(channel, name, -1)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_running_job_is_cancelled_and_its_worker_gone(
+    channel: grpc.aio.Channel, server: RunningServer, tmp_path: Path
+) -> None:
+    name = await create(channel, 100_000, dataset="datasets/never")
+    worker = await until_running(channel, name, server._state)
+    asked = time.monotonic()
+    for _ in range(3):
+        assert (await cancel(channel, name)).state in {
+            jobs_pb2.JOB_STATE_CANCELLING,
+            jobs_pb2.JOB_STATE_CANCELLED,
+        }
+    events = await watch(channel, name)
+    assert events[-1].state_change.state == jobs_pb2.JOB_STATE_CANCELLED
+    worker.wait(timeout=10)
+    assert time.monotonic() - asked < 30
+    assert not list((tmp_path / "data" / "datasets").rglob("never*"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cancel(channel, await finished(channel))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def finished(channel: grpc.aio.Channel) -> str:
+    name = await create(channel)
+    await watch(channel, name)
+    return name
+
+
+async def test_a_worker_that_ignores_everything_is_killed(
+    make_settings: Callable[..., Settings],
+) -> None:
+    async with (
+        await start_server(make_settings(cancel_grace_seconds=0.5)) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        name = await create(channel, 100_000)
+        worker = await until_running(channel, name, server._state)
+        worker.suspend()
+        await cancel(channel, name)
+        events = await watch(channel, name)
+        assert events[-1].state_change.state == jobs_pb2.JOB_STATE_CANCELLED
+        assert not worker.is_running()
+
+
+async def test_a_queued_job_is_cancelled_at_once(channel: grpc.aio.Channel) -> None:
+    names = [await create(channel, 100_000) for _ in range(3)]  # two run, one waits
+    assert (await cancel(channel, names[2])).state == jobs_pb2.JOB_STATE_CANCELLED
+    for name in names[:2]:
+        await cancel(channel, name)
+        assert (await watch(channel, name))[-1].state_change.state == jobs_pb2.JOB_STATE_CANCELLED
+
+
+async def test_a_crashed_worker_is_replaced_and_three_crashes_end_the_job(
+    channel: grpc.aio.Channel, server: RunningServer
+) -> None:
+    name = await create(channel, 100_000)
+    for _ in range(3):
+        worker = await until_running(channel, name, server._state)
+        worker.kill()
+        worker.wait(timeout=10)
+        await asyncio.sleep(0.1)
+    events = await watch(channel, name)
+    states = [event.state_change.state for event in events if event.WhichOneof("payload") == "state_change"]
+    assert states == [jobs_pb2.JOB_STATE_QUEUED, jobs_pb2.JOB_STATE_RUNNING] * 3 + [jobs_pb2.JOB_STATE_FAILED]
+    job = await get(channel, name)
+    assert "SIGKILL" in job.error.message
+    assert job.attempt == 3
+    # The queue behind it goes on.
+    assert (await watch(channel, await create(channel)))[-1].state_change.state == jobs_pb2.JOB_STATE_SUCCEEDED
+
+
+async def test_a_restart_loses_no_job_and_no_event(make_settings: Callable[..., Settings]) -> None:
+    settings = make_settings()
+    async with (
+        await start_server(settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        done = await finished(channel)
+        log = await watch(channel, done)
+        interrupted = await create(channel, 3000)
+        waiting = [await create(channel) for _ in range(3)]
+        worker = await until_running(channel, interrupted, server._state)
+    assert not worker.is_running()
+    async with (
+        await start_server(settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        assert await watch(channel, done) == log
+        for name in [interrupted, *waiting]:
+            events = await watch(channel, name)
+            assert events[-1].state_change.state == jobs_pb2.JOB_STATE_SUCCEEDED
+            assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+
+
+async def test_a_killed_server_finds_its_live_workers_again(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = make_settings()
+    process, address = await start_process(settings, tmp_path)
+    async with grpc.aio.insecure_channel(address) as channel:
+        name = await create(channel, 3000)
+        state = State.open(settings.state_url, migrate=False)
+        worker = await until_running(channel, name, state)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    assert worker.is_running()
+    async with (
+        await start_server(settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        events = await watch(channel, name)
+        assert events[-1].state_change.state == jobs_pb2.JOB_STATE_SUCCEEDED
+        assert (await get(channel, name)).attempt == 1  # the same attempt, never doubled
+    state.close()
+
+
+async def test_a_worker_without_a_server_ends_by_itself(make_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    settings = make_settings(orphan_grace_seconds=1)
+    process, address = await start_process(settings, tmp_path)
+    async with grpc.aio.insecure_channel(address) as channel:
+        name = await create(channel, 100_000)
+        state = State.open(settings.state_url, migrate=False)
+        worker = await until_running(channel, name, state)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    worker.wait(timeout=30)
+    job = state.get_job(name.removeprefix("jobs/"))
+    assert job.state is JobState.RUNNING  # nobody was there to say otherwise
+    state.close()
+    async with (
+        await start_server(settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        await until_running(channel, name, server._state)
+        await cancel(channel, name)
+        events = await watch(channel, name)
+        assert events[-1].state_change.state == jobs_pb2.JOB_STATE_CANCELLED
+
+
+async def start_process(settings: Settings, folder: Path) -> tuple[asyncio.subprocess.Process, str]:
+    import json
+    import sys
+
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "knowledge_engine.server",
+        env=os.environ | settings.environment(),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        cwd=folder,
+    )
+    assert process.stdout
+    line = await asyncio.wait_for(process.stdout.readline(), 60)
+    return process, json.loads(line)["grpc_address"]
+
+
+async def test_a_stale_worker_cannot_write(channel: grpc.aio.Channel, server: RunningServer) -> None:
+    name = await create(channel, 100_000)
+    worker = await until_running(channel, name, server._state)
+    job_id = name.removeprefix("jobs/")
+    worker.suspend()
+    server._state.abandon_attempt(job_id, 1, "declared dead", None)
+    worker.resume()
+    worker.wait(timeout=30)
+    changes = [event.payload for event in server._state.events(job_id, 0, 1000)]
+    assert [change.attempt for change in changes if isinstance(change, StateChange) and change.state.is_terminal] == []
+    await cancel(channel, name)
+    assert (await watch(channel, name))[-1].state_change.state == jobs_pb2.JOB_STATE_CANCELLED
+
+
+async def test_watchers_that_leave_leave_nothing_behind(channel: grpc.aio.Channel, server: RunningServer) -> None:
+    name = await create(channel, 100_000)
+    stub = jobs_pb2_grpc.JobServiceStub(channel)
+
+    async def glance() -> None:
+        call: AsyncIterator[jobs_pb2.WatchJobResponse] = stub.WatchJob(jobs_pb2.WatchJobRequest(name=name))
+        async for _ in call:
+            break
+        call.cancel()  # type: ignore[attr-defined]
+
+    await asyncio.gather(*(glance() for _ in range(20)))
+    deadline = time.monotonic() + 30
+    while server._jobs._tails and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert not server._jobs._tails
+    await cancel(channel, name)

@@ -326,6 +326,7 @@ async def delete_model_version(model: Id, number: VersionNumber, calls: Call) ->
     "/models/{id}/evaluate",
     status_code=404,
     response_model=None,
+    response_class=Response,
     responses=errors(404),
     openapi_extra=rpc("ModelService.GetModel", "ModelService.GetModelVersion"),
     tags=["models"],

@@ -48,8 +48,9 @@ async def upload(request: Request, calls: Calls, name: str, kind: str, layout: s
         await call.write(datasets_pb2.UploadDatasetRequest(metadata=metadata))
         await _forward(request, call)
         await call.done_writing()
-    except asyncio.InvalidStateError:
-        pass  # the server has answered before the end; what it said is read below
+    except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+        # The server has answered before the end. A write that fails knows only that it failed; the answer is read below.
+        pass
     except ClientDisconnect:
         call.cancel()
         raise client_gone() from None

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, TypeVar
 
@@ -22,6 +21,7 @@ import psutil
 import typer
 
 from knowledge_engine.bases import get_base
+from knowledge_engine.catalogue import DEMO_CATALOGUE, load_demo_catalogue
 from knowledge_engine.cli.output import print_json, say
 from knowledge_engine.cli.progress import JobView, last_words
 from knowledge_engine.client import Client
@@ -253,9 +253,9 @@ def _learn(client: Client, talk: Talk) -> _Learned:
 
 
 def _upload_catalogue(client: Client, talk: Talk) -> Dataset:
-    content = resources.files("knowledge_engine").joinpath("demo_catalogue.jsonl").read_bytes()
     try:
-        stored = client.upload_dataset(CATALOGUE, content, kind=DatasetKind.CATALOGUE)
+        with DEMO_CATALOGUE.open("rb") as content:
+            stored = client.upload_dataset(CATALOGUE, content, kind=DatasetKind.CATALOGUE)
     except AlreadyExistsError:
         stored = client.get_dataset(CATALOGUE)
         talk(f"{CATALOGUE} holds another catalogue than the one shipped; using it as it is")
@@ -360,10 +360,8 @@ def _await_engine(client: Client) -> None:
 
 
 def _products(word: str) -> list[dict[str, Any]]:
-    """The shipped products that have `word` in their title, without what a customer is not shown."""
-    lines = resources.files("knowledge_engine").joinpath("demo_catalogue.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in lines.splitlines()]
-    return [row for row in rows if word in row["title"]]
+    """The shipped products that have `word` in their title, as training showed them."""
+    return [product.to_context() for product in load_demo_catalogue() if word in product.title]
 
 
 # --- the end ------------------------------------------------------------------------------------------------------

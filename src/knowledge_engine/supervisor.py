@@ -28,7 +28,7 @@ from typing import IO, Any, NoReturn, Self
 
 import psutil
 
-from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.errors import InvalidSpecError, Reason, UpstreamError
 from knowledge_engine.settings import PREFIX, Settings, split_address
 
 MODULES = {"server": "knowledge_engine.server", "gateway": "gateway", "engine": "knowledge_engine.inference.engine"}
@@ -37,7 +37,7 @@ STOP_ORDER = ("gateway", "server", "engine")
 START_SECONDS = 60.0  # for server and gateway to answer; both take a second or two
 STABLE_SECONDS = 60.0  # a part that ran this long before it crashed starts with a clean record
 MAX_CRASHES = 5
-ENGINE_STOP_SECONDS = 5.0
+ENGINE_STOP_SECONDS = 3.0
 LIFELINE_SECONDS = 15.0  # from a vanished supervisor to the hard end of a part that ignores SIGTERM
 
 # The settings carry these under their own names; a second copy could contradict them.
@@ -97,8 +97,7 @@ class Supervisor:
         try:
             self._launch(self._parts["server"])
             self._launch(self._parts["gateway"])
-            self._await(self._parts["server"], lambda: _grpc_answers(self.settings.grpc_address))
-            self._await(self._parts["gateway"], lambda: _http_answers(self.settings.http_address))
+            self._await_answers()
             # Last, as importing torch would take the cores that the other two need.
             self._launch(self._parts["engine"])
         except BaseException:
@@ -135,17 +134,18 @@ class Supervisor:
         log = self._log or sys.stderr
         part.process = start_child([MODULES[part.name]], self.settings, log, log, self._folder)
 
-    def _await(self, part: _Part, answers: Callable[[], bool]) -> None:
-        assert part.process is not None
+    def _await_answers(self) -> None:
+        """Until the gateway says that the server serves; it asks it over gRPC."""
         deadline = time.monotonic() + START_SECONDS
-        while not answers():
-            if (code := part.process.poll()) is not None:
-                message = f"the {part.name} {_describe(code)} while it started; its log says why"
-                raise UpstreamError(message, reason=Reason.SERVER_UNAVAILABLE, part=part.name)
+        while not (_listens(self.settings.grpc_address) and _is_healthy(self.settings.http_address)):
+            for part in self._parts.values():
+                if part.process is not None and (code := part.process.poll()) is not None:
+                    message = f"the {part.name} {_describe(code)} while it started; its log says why"
+                    raise UpstreamError(message, reason=Reason.SERVER_UNAVAILABLE, part=part.name)
             if time.monotonic() > deadline:
-                message = f"the {part.name} did not answer within {START_SECONDS:.0f} s"
-                raise UpstreamError(message, reason=Reason.SERVER_UNAVAILABLE, part=part.name)
-            time.sleep(0.05)
+                message = f"server and gateway were not ready within {START_SECONDS:.0f} s; their log may say why"
+                raise UpstreamError(message, reason=Reason.SERVER_UNAVAILABLE)
+            time.sleep(0.02)
 
     # --- keeping them up ------------------------------------------------------------------------------------------
 
@@ -297,30 +297,24 @@ def reachable(address: str) -> str:
     return _join(host, port)
 
 
-def _grpc_answers(address: str) -> bool:
-    from knowledge_engine.client import Client
-
+def _listens(address: str) -> bool:
     try:
         socket.create_connection(split_address(reachable(address)), timeout=1).close()
-        with Client(reachable(address), timeout_seconds=2) as client:
-            client.health()
-    except (OSError, KnowledgeEngineError):
+    except OSError:
         return False
     return True
 
 
-def _http_answers(address: str) -> bool:
-    """Whatever the gateway says of its health: it is there to say it."""
-    host, port = split_address(reachable(address))
-    connection = http.client.HTTPConnection(host, port, timeout=5)
+def _is_healthy(address: str) -> bool:
+    """Whether the gateway answers, and for a server that serves; what the model does is no matter."""
+    connection = http.client.HTTPConnection(*split_address(reachable(address)), timeout=5)
     try:
         connection.request("GET", "/api/v1/health")
-        connection.getresponse().read()
+        return connection.getresponse().status == http.client.OK
     except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
-    return True
 
 
 # --- signals ------------------------------------------------------------------------------------------------------

@@ -178,6 +178,8 @@ class EngineClient:
                 except (OSError, FrameError, TimeoutError) as error:
                     detail = f"the engine does not answer: {error or type(error).__name__}"
                 wait = FIRST_WAIT_SECONDS if self._writer is not None else min(2 * wait, LONGEST_WAIT_SECONDS)
+                if self._writer is not None:
+                    _log.warning("engine connection lost: %s", detail)
                 self._drop(detail)
                 await asyncio.sleep(wait)
         finally:
@@ -239,8 +241,6 @@ class EngineClient:
                 waiter.set_result(self._status)
 
     def _drop(self, detail: str) -> None:
-        if self._writer is not None:
-            _log.warning("engine connection lost: %s", detail)
         self._writer = None
         self._status = EngineStatus(state="down", detail=detail)
         self._answer_waiters()

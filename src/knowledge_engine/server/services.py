@@ -12,10 +12,9 @@ from typing import IO, Any
 
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
-from knowledge_engine.catalogue import demo_catalogue
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, Reason, StateError, UpstreamError, Violation
-from knowledge_engine.generation.planner import check_topics
+from knowledge_engine.generation.planner import Planner
 from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
 from knowledge_engine.jobs import Jobs
 from knowledge_engine.registry import Registry
@@ -35,7 +34,6 @@ from knowledge_engine.v1 import (
     models_pb2_grpc,
 )
 
-DEMO_CATALOGUE = "demo-catalogue"
 DEFAULT_MAX_TOKENS = 500
 DEFAULT_MAX_LENGTH = 2048
 
@@ -127,15 +125,10 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             if catalogue.kind is not core.DatasetKind.CATALOGUE:
                 raise _wrong_kind("spec.catalogue", catalogue, core.DatasetKind.CATALOGUE)
         else:
-            newest = self._datasets.newest(core.DatasetKind.CATALOGUE)
-            catalogue = newest or self._store_demo_catalogue()
-        check_topics(self._datasets.products(catalogue.name), spec.topics)
+            catalogue = self._datasets.default_catalogue()
+        Planner(self._datasets.products(catalogue.name), spec)  # refuses topics that match nothing
         name = spec.dataset or f"conversations-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
         return spec.model_copy(update={"catalogue": catalogue.name, "dataset": name})
-
-    def _store_demo_catalogue(self) -> core.Dataset:
-        with demo_catalogue().open("rb") as file:
-            return self._datasets.store(DEMO_CATALOGUE, core.DatasetKind.CATALOGUE, core.DatasetFormat.JSONL, file)
 
 
 class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):

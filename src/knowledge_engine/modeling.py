@@ -1,0 +1,309 @@
+"""Models as torch modules: a base loaded in a precision, LoRA attached to train, trained adapters added to serve.
+
+The only user of peft and bitsandbytes. Weights come from safetensors files alone, nothing is fetched, no code of a
+model folder runs. Knows nothing of conversations, jobs or where versions are kept.
+"""
+
+# ruff: noqa: E402 (bitsandbytes must be told to be quiet before it is imported)
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# It warns that it found no package to fetch kernels from the hub with; nothing is ever fetched here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import peft
+import torch
+import transformers
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from knowledge_engine import bases
+from knowledge_engine.bases import Base, prepare_base
+from knowledge_engine.core import LoraConfig
+from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
+
+FLOAT32, BFLOAT16, NF4 = "float32", "bfloat16", "nf4"
+
+_DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
+_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# What an adapter may say; whatever else PEFT knows must stand at its default.
+_UNDERSTOOD = frozenset({"r", "lora_alpha", "target_modules", "fan_in_fan_out", "use_rslora"})
+_WITHOUT_EFFECT = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
+     "revision", "task_type"}
+)  # fmt: skip
+
+
+def default_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def serving_precision(device: str) -> str:
+    """The precision answers and held-out losses are computed in."""
+    return BFLOAT16 if _has_bfloat16(device) else FLOAT32
+
+
+def training_precision(device: str, *, use_qlora: bool) -> str:
+    """The precision of the frozen base during training."""
+    return NF4 if use_qlora else serving_precision(device)
+
+
+def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
+    """The frozen base in evaluation mode. `nf4` is double-quantised and computes in bfloat16 where the device has it.
+
+    Raises:
+        IntegrityError: BASE_MODEL_CORRUPT, the files cannot be read as a model.
+    """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    compute = torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    options: dict[str, Any] = {"dtype": compute if precision == NF4 else _DTYPES[precision]}
+    if precision == NF4:
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise IntegrityError(
+            f"the base model {base.name!r} cannot be loaded: {str(error)[:300]}",
+            reason=Reason.BASE_MODEL_CORRUPT,
+            base_model=base.name,
+        ) from error
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first evaluation would repack the weights for a bfloat16 kernel, and training go on with those.
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.train(False)
+    return model
+
+
+def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    """A fresh trainable adapter on `lora.target_modules`, by default on all linear modules but the head.
+
+    Raises:
+        InvalidSpecError: TARGET_MODULES_UNKNOWN.
+    """
+    known = linear_modules(model)
+    short_names = sorted({name.rpartition(".")[2] for name in known})
+    unknown = [
+        target
+        for target in lora.target_modules
+        if not any(name == target or name.endswith(f".{target}") for name in known)
+    ]
+    if unknown:
+        raise InvalidSpecError(
+            f"no linear module is called {', '.join(unknown)}; this base has {', '.join(short_names)}",
+            reason=Reason.TARGET_MODULES_UNKNOWN,
+            violations=[Violation("spec.lora.target_modules", f"{target!r} is unknown") for target in unknown],
+            known=", ".join(short_names),
+        )
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) or short_names,
+        bias="none",
+        fan_in_fan_out=_is_transposed(model),
+    )
+    torch.manual_seed(seed)
+    with _quiet_peft():
+        return PeftModel(model, config)
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Full names of the modules that LoRA can adapt: every linear one but the head, whatever the architecture."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head  # bitsandbytes' are subclasses of nn.Linear
+    ]
+
+
+def save_adapter(model: PeftModel, folder: Path, base: Base) -> None:
+    """Writes the trained adapter as a PEFT folder; it names its base by `base.source`, never by a path."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base.source
+    with _quiet_peft():
+        # Without embedding layers: the vocabulary is never changed, and PEFT would ask the hub whether it was.
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    path = folder / _CONFIG_FILE
+    values = json.loads(path.read_bytes())
+    values["target_modules"] = sorted(values["target_modules"])  # a set: else two equal adapters differ in their digest
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> PeftModel:
+    """Adds the adapter in `folder` beside the others, frozen; the first one wraps the base, which is changed in place.
+
+    Which adapter answers is open until `select_adapter`.
+
+    Raises:
+        IntegrityError: MODEL_VERSION_CORRUPT naming the file: missing, unreadable, not finite, of other modules or
+            shapes than this base has. The model is then as before.
+    """
+    config = _read_adapter_config(folder)
+    config.fan_in_fan_out = _is_transposed(model)  # a matter of how this base lies in memory, not of the adapter
+    tensors = _read_adapter_weights(folder)
+    wrapped = model if isinstance(model, PeftModel) else None
+    tuned = wrapped
+    try:
+        with _quiet_peft():
+            if tuned is None:
+                tuned = PeftModel(model, config, adapter_name=name)
+            else:
+                tuned.add_adapter(name, config)
+        expected = get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False)
+        problem = _difference(
+            {key: tuple(value.shape) for key, value in expected.items()},
+            {key: tuple(value.shape) for key, value in tensors.items()},
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"does not fit this base: {str(error)[:200]}"
+        raise _corrupt(folder / _CONFIG_FILE, problem) from error
+    if problem:
+        if wrapped is None:
+            _tuner(tuned).unload()
+        else:
+            wrapped.delete_adapter(name)
+        raise _corrupt(folder / _WEIGHTS_FILE, problem)
+    set_peft_model_state_dict(tuned, tensors, adapter_name=name)
+    tuned.requires_grad_(False)
+    tuned.train(False)
+    return tuned
+
+
+def select_adapter(model: PeftModel, name: str | None) -> None:
+    """Makes one adapter answer, or with None the bare base."""
+    if name is None:
+        _tuner(model).disable_adapter_layers()
+    else:
+        _tuner(model).enable_adapter_layers()
+        model.set_adapter(name, inference_mode=True)
+
+
+def remove_adapter(model: PeftModel, name: str) -> None:
+    """Frees an adapter's memory."""
+    model.delete_adapter(name)
+
+
+def _read_adapter_config(folder: Path) -> peft.LoraConfig:
+    path = folder / _CONFIG_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        asked = peft.LoraConfig(**{key: value for key, value in values.items() if key != "peft_type"})
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            **{key: value for key, value in values.items() if key in _UNDERSTOOD},
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _corrupt(path, f"cannot be read: {str(error)[:200]}") from error
+    if values.get("peft_type") != "LORA":
+        raise _corrupt(path, "is no LoRA configuration")
+    plain, strange = vars(config), vars(asked)
+    for key in strange.keys() - _UNDERSTOOD - _WITHOUT_EFFECT:
+        if strange[key] != plain.get(key):
+            raise _corrupt(path, f"asks for {key}, which is not supported")
+    if not isinstance(config.target_modules, set):
+        raise _corrupt(path, "names its target_modules in another way than as a list")
+    return config
+
+
+def _read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / _WEIGHTS_FILE
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _corrupt(path, f"cannot be read: {str(error)[:200]}") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise _corrupt(path, f"holds a value that is not finite, in {name}")
+    return tensors
+
+
+def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    """What is wrong with the found shapes, in a few words; empty when nothing is."""
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"lacks {name}"
+        if name not in expected:
+            return f"holds {name}, for which this base has no place"
+        if expected[name] != found[name]:
+            return f"holds {name} of shape {list(found[name])} instead of {list(expected[name])}"
+    return ""
+
+
+def _corrupt(path: Path, problem: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path.name} of the adapter {problem}", reason=Reason.MODEL_VERSION_CORRUPT, file=path.name, problem=problem
+    )
+
+
+def _tuner(model: PeftModel) -> Any:
+    """PEFT's own wrapper inside its model, which torch's typing takes for a tensor."""
+    return model.base_model
+
+
+def _has_bfloat16(device: str) -> bool:
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _is_transposed(model: nn.Module) -> bool:
+    """Whether the weights to adapt lie as (inputs, outputs), as GPT-2's do until they are quantised."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT 0.21 still asks transformers 5 under a name that warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+__all__ = [
+    "add_adapter",
+    "attach_lora",
+    "default_device",
+    "linear_modules",
+    "load_base",
+    "prepare_base",
+    "remove_adapter",
+    "save_adapter",
+    "select_adapter",
+    "serving_precision",
+    "training_precision",
+]
+
+if __name__ == "__main__":
+    sys.exit(bases.main(sys.argv[1:]))

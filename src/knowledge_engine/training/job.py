@@ -1,0 +1,176 @@
+"""One attempt of a training job: dataset and base in, published version out. Knows the order of things, no mathematics.
+
+loading -> training -> evaluating -> publishing. Base and tuned model are compared as they will be served: the adapter's
+written files on the base in the serving precision.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from knowledge_engine import modeling
+from knowledge_engine.bases import Base, prepare_base
+from knowledge_engine.core import (
+    BASE,
+    HeldOutComparison,
+    JobContext,
+    JobState,
+    JobStopped,
+    Progress,
+    TrainingResult,
+    TrainingSpec,
+)
+from knowledge_engine.datasets import Datasets, split_conversations
+from knowledge_engine.errors import InvalidSpecError, Violation
+from knowledge_engine.registry import Registry
+from knowledge_engine.settings import Settings
+from knowledge_engine.text import ChatText, Example, encode_conversations, read_template
+from knowledge_engine.tracking import Tracker, open_tracker
+from knowledge_engine.training.loop import TrainedSummary, _demand_finite, evaluation_batches, train
+from knowledge_engine.training.loss import mean_loss
+
+DEFAULT_MAX_LENGTH = 2048
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What there is to learn from, encoded."""
+
+    train: list[Example]
+    held_out: list[Example]
+    dataset_digest: str
+    chat_template_digest: str
+
+
+def run_training(
+    context: JobContext, settings: Settings, datasets: Datasets, registry: Registry
+) -> TrainingResult:
+    """Trains, compares and publishes as the job's spec says.
+
+    Raises:
+        InvalidSpecError: what only the dataset or the base shows: rows too long, nothing to train, unknown targets.
+        KnowledgeEngineError: NON_FINITE, and whatever the parts raise.
+        JobStopped: from `context.check`; nothing is published then.
+    """
+    spec = context.job.spec
+    if not isinstance(spec, TrainingSpec):
+        raise TypeError(f"{context.job.id} is no training job")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = modeling.default_device()
+    context.report(Progress(phase="loading"))
+    base = _load_base_facts(context, settings, spec, device)
+    material = _encode(spec, base, datasets)
+    context.log(f"{len(material.train)} conversations to train on, {len(material.held_out)} held out")
+    tracker = open_tracker(settings, context.job, context.work_dir)
+    context.track(tracker.run)
+    state = JobState.FAILED
+    try:
+        folder = registry.stage(context.job.id)
+        summary = _train(context, spec, base, material, folder, tracker, device)
+        comparison = _compare(context, base, material, folder, device)
+        if comparison is not None:
+            tracker.log({"eval/loss": comparison.tuned_loss, "eval/base_loss": comparison.base_loss}, summary.num_steps)
+        result = _publish(context, spec, base, material, folder, registry, summary, comparison, device)
+        state = JobState.SUCCEEDED
+    except JobStopped:
+        state = JobState.CANCELLED
+        raise
+    finally:
+        tracker.finish(state)
+    return result
+
+
+def _load_base_facts(context: JobContext, settings: Settings, spec: TrainingSpec, device: str) -> Base:
+    def report(phase: str, fraction: float) -> None:
+        context.check()
+
+    base = prepare_base(settings, spec.base_model, report)
+    context.log(
+        f"base model {base.name}: {base.source} ({base.architecture}, {base.digest[:19]}), "
+        f"in {modeling.training_precision(device, use_qlora=spec.use_qlora)} on {device}"
+    )
+    if base.name == BASE and settings.base_model is None and device == "cuda" and settings.huggingface_token:
+        context.log("this release downloads no models: KNOWLEDGE_BASE_MODEL is unset, so the bundled one is used")
+    limit = spec.max_length
+    if limit is not None and limit > base.context_length:
+        description = f"is above the context of the base model, {base.context_length} tokens"
+        raise InvalidSpecError(
+            f"max_length {limit} {description}",
+            violations=[Violation("spec.max_length", description)],
+            context_length=base.context_length,
+        )
+    if spec.eval_steps and not spec.eval_split:
+        description = "needs held-out conversations, but eval_split is 0"
+        raise InvalidSpecError(f"eval_steps {description}", violations=[Violation("spec.eval_steps", description)])
+    return base
+
+
+def _encode(spec: TrainingSpec, base: Base, datasets: Datasets) -> _Material:
+    text = ChatText.load(base)
+    conversations = datasets.conversations(spec.dataset)
+    max_length = spec.max_length or min(DEFAULT_MAX_LENGTH, base.context_length)
+    # Encoded before the split, so that errors name rows of the dataset.
+    examples = encode_conversations(conversations, text, max_length)
+    by_identity = {id(row): example for row, example in zip(conversations, examples, strict=True)}
+    train_rows, held_out_rows = split_conversations(conversations, spec.eval_split, spec.seed)
+    return _Material(
+        train=[by_identity[id(row)] for row in train_rows],
+        held_out=[by_identity[id(row)] for row in held_out_rows],
+        dataset_digest=datasets.get(spec.dataset).digest,
+        chat_template_digest=text.template_digest,
+    )
+
+
+def _train(
+    context: JobContext,
+    spec: TrainingSpec,
+    base: Base,
+    material: _Material,
+    folder: Path,
+    tracker: Tracker,
+    device: str,
+) -> TrainedSummary:
+    """Trains and writes the adapter into `folder`; the training model is gone when it returns."""
+    model = modeling.load_base(base, modeling.training_precision(device, use_qlora=spec.use_qlora), device)
+    context.check()
+    tuned = modeling.attach_lora(model, spec.lora, spec.seed)
+    summary = train(tuned, material.train, material.held_out, spec, context, tracker.log, device)
+    modeling.save_adapter(tuned, folder, base)
+    del model, tuned
+    _free_memory()
+    return summary
+
+
+def _compare(
+    context: JobContext, base: Base, material: _Material, folder: Path, device: str
+) -> HeldOutComparison | None:
+    """Base against tuned model on the held-out conversations; None without any."""
+    if not material.held_out:
+        return None
+    context.report(Progress(phase="evaluating"))
+    precision = modeling.serving_precision(device)
+    model = modeling.add_adapter(modeling.load_base(base, precision, device), folder, "tuned")
+    losses: list[float] = []
+    num_tokens = 0
+    for step, adapter in enumerate((None, "tuned"), 1):
+        modeling.select_adapter(model, adapter)
+        loss, num_tokens = mean_loss(model, evaluation_batches(material.held_out, device), context.check)
+        _demand_finite(step, **{"the held-out loss": loss})
+        losses.append(loss)
+        context.report(Progress(phase="evaluating", step=step, total_steps=2, eval_loss=loss))
+    return HeldOutComparison(
+        base_loss=losses[0],
+        tuned_loss=losses[1],
+        num_conversations=len(material.held_out),
+        num_tokens=num_tokens,
+        precision=precision,
+    )

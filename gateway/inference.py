@@ -26,7 +26,7 @@ _EVENTS = {
     "/models/{id}/inference",
     response_model=schemas.InferenceResponse,
     responses={200: _EVENTS, **errors(404, 429, *JSON_BODY)},
-    openapi_extra=rpc("InferenceService.Generate", "InferenceService.StreamGenerate"),
+    openapi_extra=rpc("InferenceService.Generate", **{"x-rpc-stream": "InferenceService.StreamGenerate"}),
 )
 async def infer(model: AnyModel, body: schemas.InferenceRequest, request: Request, calls: Call) -> Any:
     """Answers a conversation."""

@@ -49,9 +49,9 @@ def errors(*statuses: int, only: Sequence[int] = ()) -> dict[int | str, dict[str
     }
 
 
-def rpc(*names: str, **extra: Any) -> dict[str, Any]:
-    """`openapi_extra=` of a route: the RPCs it serves, as `JobService.GetJob`."""
-    return {"x-rpc": list(names), **extra}
+def rpc(name: str, **extra: Any) -> dict[str, Any]:
+    """`openapi_extra=` of a route: the RPC it serves, as `JobService.GetJob`."""
+    return {"x-rpc": name, **extra}
 
 
 def install(app: FastAPI, *, with_keys: bool) -> None:

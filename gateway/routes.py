@@ -328,7 +328,7 @@ async def delete_model_version(model: Id, number: VersionNumber, calls: Call) ->
     response_model=None,
     response_class=Response,
     responses=errors(404),
-    openapi_extra=rpc("ModelService.GetModel", "ModelService.GetModelVersion"),
+    openapi_extra=rpc("ModelService.GetModel"),
     tags=["models"],
 )
 async def evaluate(model_id: AnyModel, calls: Call) -> None:

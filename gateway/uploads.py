@@ -11,13 +11,16 @@ from starlette.requests import ClientDisconnect
 
 from gateway import specs
 from gateway.backend import Calls, client_gone
-from gateway.problems import too_large, unprocessable
+from gateway.problems import status_of, too_large, unprocessable
 from gateway.strict import declared_length, media_type, unsupported_media_type
 from knowledge_engine.errors import Reason
 from knowledge_engine.v1 import datasets_pb2
 
 MAX_UPLOAD_BYTES = 2 * 2**30
 _CHUNK_BYTES = 2**20
+_REFUSAL_SECONDS = 5.0
+# The status of this call, too, can be lost.
+_REFUSAL_ATTEMPTS = 5
 _LAYOUTS = {"application/x-ndjson": "jsonl", "text/csv": "csv"}
 
 UPLOAD_BODY: dict[str, Any] = {
@@ -42,18 +45,19 @@ async def upload(request: Request, calls: Calls, name: str, kind: str, layout: s
         raise unprocessable([("format", f"the Content-Type says {declared}")])
     if declared_length(request) > MAX_UPLOAD_BYTES:
         raise too_large("the upload", MAX_UPLOAD_BYTES, Reason.DATASET_TOO_LARGE)
+    metadata = datasets_pb2.UploadDatasetRequest(metadata=specs.upload_metadata(name, kind, declared))
     call: _UploadCall = calls.server.datasets.UploadDataset(metadata=calls.metadata)
-    metadata = specs.upload_metadata(name, kind, declared)
     try:
-        await call.write(datasets_pb2.UploadDatasetRequest(metadata=metadata))
+        await call.write(metadata)
         await _forward(request, call)
         await call.done_writing()
-    except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-        # The server has answered before the end. A write that fails knows only that it failed; the answer is read below.
-        pass
+    except asyncio.InvalidStateError:
+        pass  # the server has answered before the end; what it said is read below
     except ClientDisconnect:
         call.cancel()
         raise client_gone() from None
+    except grpc.aio.AioRpcError as error:
+        raise (await _early_refusal(calls, metadata) if _is_lost(error) else None) or error from None
     except BaseException:
         call.cancel()
         raise
@@ -69,3 +73,23 @@ async def _forward(request: Request, call: _UploadCall) -> None:
             raise too_large("the upload", MAX_UPLOAD_BYTES, Reason.DATASET_TOO_LARGE)
         for start in range(0, len(piece), _CHUNK_BYTES):
             await call.write(datasets_pb2.UploadDatasetRequest(chunk=piece[start : start + _CHUNK_BYTES]))
+
+
+def _is_lost(error: grpc.aio.AioRpcError) -> bool:
+    """Whether gRPC replaced the server's status by one of its own, as it does when a write fails on an ended call."""
+    return error.code() is grpc.StatusCode.INTERNAL and not status_of(error).details
+
+
+async def _early_refusal(calls: Calls, metadata: datasets_pb2.UploadDatasetRequest) -> grpc.aio.AioRpcError | None:
+    """What the server refuses before it has read a byte, asked for once more; nothing can be stored by asking."""
+    for _ in range(_REFUSAL_ATTEMPTS):
+        call: _UploadCall = calls.server.datasets.UploadDataset(metadata=calls.metadata, timeout=_REFUSAL_SECONDS)
+        try:
+            await call.write(metadata)
+            await call
+        except grpc.aio.AioRpcError as error:
+            if not _is_lost(error):
+                return None if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else error
+        except asyncio.InvalidStateError:
+            pass
+    return None

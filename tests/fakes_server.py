@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2, message_factory
@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from knowledge_engine.v1 import datasets_pb2, inference_pb2, jobs_pb2, models_pb2
 
-Script = Message | status_pb2.Status | Callable[[Any, Any], Any]
+Script: TypeAlias = Message | status_pb2.Status | Callable[[Any, Any], Any]
 
 METHODS = {
     f"/{service.full_name}/{method.name}": method
@@ -100,7 +100,7 @@ class _Handlers(grpc.GenericRpcHandler):
     def __init__(self, scripted: ScriptedServer) -> None:
         self._scripted = scripted
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         method = METHODS.get(handler_call_details.method)
         if method is None:
             return None

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from knowledge_engine import __version__
+from knowledge_engine.catalogue import DEMO_CATALOGUE
 from knowledge_engine.cli import app
 from tests.running import Service, end, environment, is_serving, start, wait_until
 from tests.tiny import build_tiny_base
@@ -37,6 +38,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = start(tmp_path_factory.mktemp("data"), base, KNOWLEDGE_API_KEYS=f"tests:{KEY}")
     yield running
     end(running)
+
+
+@pytest.fixture
+def catalogue(client_names: None) -> str:
+    """The shipped catalogue, uploaded."""
+    read("data", "upload", "shop", str(DEMO_CATALOGUE), "--kind", "catalogue")
+    return "shop"
 
 
 @pytest.fixture
@@ -161,7 +169,7 @@ def test_bad_key_is_exit_code_8(service: Service, key: str, monkeypatch: pytest.
         (("jobs", "watch", "nothing"), 4, "JOB_NOT_FOUND"),
         (("data", "show", "nothing"), 4, "DATASET_NOT_FOUND"),
         (("models", "show", "nothing"), 4, "MODEL_NOT_FOUND"),
-        (("models", "show", "nothing:2"), 4, "MODEL_VERSION_NOT_FOUND"),
+        (("models", "show", "nothing:2"), 4, "MODEL_NOT_FOUND"),
         (("jobs", "show", "../../etc/passwd"), 3, "NAME_INVALID"),
         (("chat", "nothing", "hello"), 4, "MODEL_NOT_FOUND"),
         (("train", "--dataset", "nothing", "--model", "m"), 4, "DATASET_NOT_FOUND"),
@@ -230,9 +238,10 @@ def _other(path: Path) -> Path:
     return other
 
 
-@pytest.mark.usefixtures("client_names")
-def test_generation_is_followed_to_its_end() -> None:
-    result = call("data", "generate", "-n", "12", "--dataset", "generated", "--seed", "7", "--json")
+def test_generation_is_followed_to_its_end(catalogue: str) -> None:
+    result = call(
+        "data", "generate", "--catalogue", catalogue, "-n", "12", "--dataset", "generated", "--seed", "7", "--json"
+    )
     job = json.loads(result.stdout)
     assert (job["state"], job["result"]["dataset"], job["result"]["num_conversations"]) == (
         "SUCCEEDED",
@@ -253,9 +262,8 @@ def test_generation_is_followed_to_its_end() -> None:
     assert "[JOB_ENDED]" in call("jobs", "cancel", job["id"], "--yes", code=6).stderr
 
 
-@pytest.mark.usefixtures("client_names")
-def test_detached_job_can_be_cancelled() -> None:
-    job = read("data", "generate", "-n", "100000", "--dataset", "endless", "--detach")
+def test_detached_job_can_be_cancelled(catalogue: str) -> None:
+    job = read("data", "generate", "--catalogue", catalogue, "-n", "100000", "--dataset", "endless", "--detach")
     assert job["state"] in ("QUEUED", "RUNNING")
     call("jobs", "cancel", job["id"], code=2)
     assert read("jobs", "cancel", job["id"], "--yes")["state"] in ("CANCELLING", "CANCELLED")
@@ -307,9 +315,8 @@ def test_chat_streams_pieces_and_then_the_facts(tmp_path: Path) -> None:
     assert "input.temperature" in call("chat", "base", "hello", "--temperature", "3", code=3).stderr
 
 
-@pytest.mark.usefixtures("client_names")
-def test_interrupting_a_watch_leaves_the_job_running(service: Service) -> None:
-    job = read("data", "generate", "-n", "100000", "--dataset", "long", "--detach")["id"]
+def test_interrupting_a_watch_leaves_the_job_running(service: Service, catalogue: str) -> None:
+    job = read("data", "generate", "--catalogue", catalogue, "-n", "100000", "--dataset", "long", "--detach")["id"]
     watching = process(service, "jobs", "watch", job, "--json")
     assert watching.stdout is not None
     assert json.loads(watching.stdout.readline())["sequence"] == 1

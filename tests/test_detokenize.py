@@ -33,6 +33,12 @@ def fallback_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def token_id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
 def pieces(tokenizer: Tokenizer, token_ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
     detokenizer = Detokenizer(tokenizer, stop)
     return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()]
@@ -78,7 +84,7 @@ def test_an_incomplete_code_point_is_not_lost_at_the_end(tokenizer: Tokenizer) -
 
 
 def test_special_tokens_are_never_shown(tokenizer: Tokenizer) -> None:
-    special = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+    special = [token_id_of(tokenizer, token) for token in SPECIAL_TOKENS]
     token_ids = [special[1], *tokenizer.encode("shoe").ids, special[2], special[0], *tokenizer.encode(" fits").ids]
     assert "".join(pieces(tokenizer, token_ids)) == "shoe fits"
 
@@ -134,14 +140,15 @@ def test_byte_fallback_tokenizers_give_the_full_decode(fallback_tokenizer: Token
         if chance.random() < 0.5:
             token_ids += [byte + 2 for byte in chance.choice("é€漢🙂").encode()]
         else:
-            token_ids.append(fallback_tokenizer.token_to_id(chance.choice(["▁", "▁shoe", "s", "▁a", ".", "é", "</s>"])))
+            token = chance.choice(["▁", "▁shoe", "s", "▁a", ".", "é", "</s>"])
+            token_ids.append(token_id_of(fallback_tokenizer, token))
     given = pieces(fallback_tokenizer, token_ids)
     assert "".join(given) == fallback_tokenizer.decode(token_ids, skip_special_tokens=True)
     assert not any("\ufffd" in piece for piece in given)
 
 
 def test_byte_fallback_tokenizers_lose_nothing_of_broken_bytes(fallback_tokenizer: Tokenizer) -> None:
-    after = fallback_tokenizer.token_to_id("▁shoe")
+    after = token_id_of(fallback_tokenizer, "▁shoe")
     shown = "".join(pieces(fallback_tokenizer, [0xC3 + 2, 0xA9 + 2, 0xC3 + 2, after, after]))
     assert shown.startswith("é")
     assert shown.endswith(" shoe shoe")

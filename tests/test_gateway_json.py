@@ -68,7 +68,8 @@ def test_an_event_holds_its_payload_alone(payload: str) -> None:
 def test_every_enum_value_has_a_word() -> None:
     for kind, word in ((1, "conversations"), (2, "catalogue")):
         assert to_json(datasets_pb2.Dataset(kind=kind))["kind"] == word  # type: ignore[arg-type]
-    states = [to_json(jobs_pb2.Job(state=value.number))["state"] for value in jobs_pb2.JobState.DESCRIPTOR.values]
+    state_names = [value.name for value in jobs_pb2.JobState.DESCRIPTOR.values]
+    states = [to_json(jobs_pb2.Job(state=jobs_pb2.JobState.Value(name)))["state"] for name in state_names]
     assert states == [None, "QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED"]
 
 

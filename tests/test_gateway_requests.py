@@ -39,11 +39,8 @@ async def server() -> AsyncIterator[ScriptedServer]:
         scripted.script["ListJobs"] = jobs_pb2.ListJobsResponse(jobs=[job])
         job.training.model = "models/m"
         scripted.script["CreateTrainingJob"] = jobs_pb2.CreateTrainingJobResponse(job=job)
-        job.generation.MergeFrom(
-            jobs_pb2.Job(
-                generation={"dataset": "datasets/d", "catalogue": "datasets/c", "num_conversations": 10}
-            ).generation  # type: ignore[arg-type]
-        )
+        job.generation.dataset, job.generation.catalogue = "datasets/d", "datasets/c"
+        job.generation.num_conversations = 10
         scripted.script["CreateGenerationJob"] = jobs_pb2.CreateGenerationJobResponse(job=job)
         yield scripted
 
@@ -121,7 +118,7 @@ async def test_train_passes_every_field_on(server: ScriptedServer, client: httpx
 
 
 async def test_nulls_of_optional_fields_are_absences(server: ScriptedServer, client: httpx2.AsyncClient) -> None:
-    body = {"dataset_name": "d", "model_name": None, "base_model": None, "training_config": None}
+    body: dict[str, Any] = {"dataset_name": "d", "model_name": None, "base_model": None, "training_config": None}
     assert (await client.post("/api/v1/train", json=body)).status_code == 200
     body = {"number_of_conversations": 10, "topics": None, "dataset_name": None}
     assert (await client.post("/api/v1/data/generate", json=body)).status_code == 200
@@ -524,7 +521,9 @@ async def test_cors_names_origins_and_never_joins_a_star_with_credentials(connec
 
 async def test_every_rpc_of_the_contract_has_a_route(client: httpx2.AsyncClient) -> None:
     paths = (await client.get("/openapi.json")).json()["paths"]
-    routed = {name for operations in paths.values() for operation in operations.values() for name in operation["x-rpc"]}
+    operations = [operation for path in paths.values() for operation in path.values()]
+    routed = {operation["x-rpc"] for operation in operations}
+    routed |= {operation["x-rpc-stream"] for operation in operations if "x-rpc-stream" in operation}
     contract = {f"{method.containing_service.name}.{method.name}" for method in METHODS.values()}
     assert routed == contract | {"Health.Check"}
 

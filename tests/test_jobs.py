@@ -41,15 +41,25 @@ async def cancel(channel: grpc.aio.Channel, name: str) -> jobs_pb2.Job:
     return (await jobs_pb2_grpc.JobServiceStub(channel).CancelJob(jobs_pb2.CancelJobRequest(name=name))).job
 
 
-async def until_running(channel: grpc.aio.Channel, name: str, state: State) -> psutil.Process:
-    """The job's worker, once it has said that it is alive."""
+async def until_running(
+    channel: grpc.aio.Channel, name: str, state: State, attempt_number: int = 1
+) -> psutil.Process:
+    """The worker of the job's attempt, once it has said that it is alive."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for attempt in state.running_attempts():
-            if f"jobs/{attempt.job.id}" == name and attempt.worker_pid:
+            if (f"jobs/{attempt.job.id}", attempt.job.attempt) == (name, attempt_number) and attempt.worker_pid:
                 return psutil.Process(attempt.worker_pid)
         await asyncio.sleep(0.05)
     raise AssertionError(f"{name} never ran: {await get(channel, name)}")
+
+
+async def gone(worker: psutil.Process) -> None:
+    """Until the process is no more; reaping it is its parent's business."""
+    deadline = time.monotonic() + PATIENCE
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
 
 
 async def test_a_job_runs_and_every_watcher_sees_the_same_log(channel: grpc.aio.Channel) -> None:
@@ -88,7 +98,7 @@ async def test_a_running_job_is_cancelled_and_its_worker_gone(
         }
     events = await watch(channel, name)
     assert events[-1].state_change.state == jobs_pb2.JOB_STATE_CANCELLED
-    worker.wait(timeout=10)
+    await gone(worker)
     assert time.monotonic() - asked < 30
     assert not list((tmp_path / "data" / "datasets").rglob("never*"))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -130,11 +140,10 @@ async def test_a_crashed_worker_is_replaced_and_three_crashes_end_the_job(
     channel: grpc.aio.Channel, server: RunningServer
 ) -> None:
     name = await create(channel, 100_000)
-    for _ in range(3):
-        worker = await until_running(channel, name, server._state)
+    for attempt in (1, 2, 3):
+        worker = await until_running(channel, name, server._state, attempt)
         worker.kill()
-        worker.wait(timeout=10)
-        await asyncio.sleep(0.1)
+        await gone(worker)
     events = await watch(channel, name)
     states = [event.state_change.state for event in events if event.WhichOneof("payload") == "state_change"]
     assert states == [jobs_pb2.JOB_STATE_QUEUED, jobs_pb2.JOB_STATE_RUNNING] * 3 + [jobs_pb2.JOB_STATE_FAILED]
@@ -153,7 +162,7 @@ async def test_a_restart_loses_no_job_and_no_event(make_settings: Callable[..., 
     ):
         done = await finished(channel)
         log = await watch(channel, done)
-        interrupted = await create(channel, 3000)
+        interrupted = await create(channel, 1000)
         waiting = [await create(channel) for _ in range(3)]
         worker = await until_running(channel, interrupted, server._state)
     assert not worker.is_running()
@@ -174,7 +183,7 @@ async def test_a_killed_server_finds_its_live_workers_again(
     settings = make_settings()
     process, address = await start_process(settings, tmp_path)
     async with grpc.aio.insecure_channel(address) as channel:
-        name = await create(channel, 3000)
+        name = await create(channel, 1000)
         state = State.open(settings.state_url, migrate=False)
         worker = await until_running(channel, name, state)
         process.send_signal(signal.SIGKILL)
@@ -199,7 +208,7 @@ async def test_a_worker_without_a_server_ends_by_itself(make_settings: Callable[
         worker = await until_running(channel, name, state)
         process.send_signal(signal.SIGKILL)
         await process.wait()
-    worker.wait(timeout=30)
+    await gone(worker)
     job = state.get_job(name.removeprefix("jobs/"))
     assert job.state is JobState.RUNNING  # nobody was there to say otherwise
     state.close()
@@ -207,7 +216,7 @@ async def test_a_worker_without_a_server_ends_by_itself(make_settings: Callable[
         await start_server(settings) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
-        await until_running(channel, name, server._state)
+        await until_running(channel, name, server._state, attempt_number=2)
         await cancel(channel, name)
         events = await watch(channel, name)
         assert events[-1].state_change.state == jobs_pb2.JOB_STATE_CANCELLED
@@ -238,7 +247,7 @@ async def test_a_stale_worker_cannot_write(channel: grpc.aio.Channel, server: Ru
     worker.suspend()
     server._state.abandon_attempt(job_id, 1, "declared dead", None)
     worker.resume()
-    worker.wait(timeout=30)
+    await gone(worker)
     changes = [event.payload for event in server._state.events(job_id, 0, 1000)]
     assert [change.attempt for change in changes if isinstance(change, StateChange) and change.state.is_terminal] == []
     await cancel(channel, name)

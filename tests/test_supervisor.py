@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from knowledge_engine.catalogue import DEMO_CATALOGUE
 from knowledge_engine.client import Client
 from knowledge_engine.core import DatasetKind, GenerationSpec
 from knowledge_engine.demo import PeakMemory
@@ -92,9 +93,8 @@ def test_killed_supervisor_takes_its_parts_along(service: Service) -> None:
 
 
 def test_stop_ends_workers_that_outlived_a_server(service: Service) -> None:
-    catalogue = Path(__file__).parent.parent / "src" / "knowledge_engine" / "demo_catalogue.jsonl"
     with Client(service.grpc_address) as client:
-        client.upload_dataset("shop", catalogue.read_bytes(), kind=DatasetKind.CATALOGUE)
+        client.upload_dataset("shop", DEMO_CATALOGUE.read_bytes(), kind=DatasetKind.CATALOGUE)
         job = client.create_generation_job(GenerationSpec(catalogue="shop", num_conversations=100_000))
         seen: list[int] = []
         watch = threading.Thread(target=lambda: seen.extend(event.sequence for event in client.watch_job(job.id)))

@@ -23,7 +23,7 @@ import typer
 from knowledge_engine.bases import get_base
 from knowledge_engine.catalogue import DEMO_CATALOGUE, load_demo_catalogue
 from knowledge_engine.cli.output import print_json, say
-from knowledge_engine.cli.progress import JobView, last_words
+from knowledge_engine.cli.progress import JobView
 from knowledge_engine.client import Client
 from knowledge_engine.core import (
     Dataset,
@@ -44,7 +44,9 @@ from knowledge_engine.errors import (
     KnowledgeEngineError,
     NotFoundError,
     Reason,
+    StateError,
     UpstreamError,
+    from_dict,
 )
 from knowledge_engine.settings import Settings
 from knowledge_engine.supervisor import (
@@ -285,13 +287,15 @@ def _see_through(client: Client, job: Job) -> Job:
     """Shows the job to its end.
 
     Raises:
-        KnowledgeEngineError: it did not succeed.
+        KnowledgeEngineError: why it did not succeed.
     """
     with JobView(job.kind.value) as view:
         view.show_all(client.watch_job(job.id))
     ended = client.get_job(job.id)
+    if ended.error is not None:
+        raise from_dict(ended.error)
     if ended.state is not JobState.SUCCEEDED:
-        raise KnowledgeEngineError(last_words(ended), job=job.id)
+        raise StateError(f"{job.id} was cancelled", reason=Reason.JOB_ENDED, job=job.id)
     return ended
 
 

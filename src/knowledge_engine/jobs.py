@@ -51,6 +51,7 @@ class Jobs:
         self._tails: dict[str, _Tail] = {}
         self._cancelled_at: dict[str, float] = {}
         self._wake = asyncio.Event()
+        self._stopping = False
         self._dispatcher: asyncio.Task[None] | None = None
         self._lock_file: int | None = None
 
@@ -65,10 +66,10 @@ class Jobs:
 
     async def stop(self) -> None:
         """Interrupts every worker and queues its job again; returns when no worker is left."""
+        self._stopping = True
+        self._wake.set()
         if self._dispatcher is not None:
-            self._dispatcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._dispatcher
+            await self._dispatcher  # cancelled, it could lose a worker that it is just starting
         await asyncio.gather(*(worker.interrupt(self._settings.drain_seconds) for worker in self._workers.values()))
         for tail in self._tails.values():
             tail.stop()
@@ -126,7 +127,7 @@ class Jobs:
     # --- dispatching ----------------------------------------------------------------------------------------------
 
     async def _dispatch(self) -> None:
-        while True:
+        while not self._stopping:
             self._wake.clear()
             try:
                 await self._sweep()
@@ -137,7 +138,7 @@ class Jobs:
                 await asyncio.wait_for(self._wake.wait(), _SWEEP_SECONDS)
 
     async def _start_queued(self) -> None:
-        while True:
+        while not self._stopping:
             running = [worker.job.kind for worker in self._workers.values()]
             running += [attempt.job.kind for attempt in await self._foreign_attempts()]
             limits = {

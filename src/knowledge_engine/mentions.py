@@ -16,13 +16,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import combinations
+from functools import lru_cache
+from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
 from knowledge_engine.catalogue import CURRENCIES, Product, minor_digits
 
 _WORD = re.compile(r"\w+")
-_JOINT = re.compile(r"[\s\-‐-―'’&/+.]{1,3}")
+_JOINT = re.compile(r"(?:[ \t\u00a0\-‐-―'’&/+]|\.(?!\s)){1,3}")
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
 _MODEL_LIKE = re.compile(r"[A-Za-z]+\d{2,}\w*|[A-Z]?[a-z]+[A-Z]\w*|[A-Z]+\d+\w*")
 _ORDINARY = frozenset(
@@ -52,14 +53,18 @@ class _Words:
         self.words = [text[start:end] for start, end in self.spans]
         self.folded = [word.casefold() for word in self.words]
         # Whether word i and word i+1 can belong to one name: "USB-C" can, "the Kettle, Toaster" cannot.
-        self.joined = [
-            bool(_JOINT.fullmatch(gap)) and not re.search(r"\.\s|\n", gap)
-            for gap in (text[a[1] : b[0]] for a, b in zip(self.spans, self.spans[1:], strict=False))
-        ]
+        gaps = (text[left[1] : right[0]] for left, right in pairwise(self.spans))
+        self.joined = [gap == " " or _JOINT.fullmatch(gap) is not None for gap in gaps]
 
     def has(self, phrase: Sequence[str], at: int) -> bool:
         end = at + len(phrase)
         return self.folded[at:end] == phrase and all(self.joined[at : end - 1])
+
+
+@lru_cache(maxsize=64)
+def _read(text: str) -> _Words:
+    """The words of a text; kept a while, since every check of an answer reads it again."""
+    return _Words(text)
 
 
 class _Phrases:
@@ -104,7 +109,7 @@ class CatalogueNames:
 
     def find(self, text: str) -> list[Mention]:
         """The catalogue's titles and brands in the text, the longest where they overlap, in order."""
-        return list(self._find(_Words(text)))
+        return list(self._find(_read(text)))
 
     def _find(self, words: _Words) -> Iterator[Mention]:
         for first, after, phrases in self._phrases.find(words):
@@ -123,18 +128,19 @@ class CatalogueNames:
             return True
         return is_title and not all(word in self._vocabulary for word in words)
 
-    def unknown_names(self, text: str, rows: Sequence[Product]) -> list[str]:
-        """Names in the text that none of the rows bears: other products and brands, and invented ones."""
-        words = _Words(text)
-        ids = {row.id for row in rows}
+    def unknown(self, text: str, ids: Collection[str], explained: _Phrases) -> list[str]:
+        """Names that none of the products with these ids bears: of other products, and invented ones.
+
+        `explained` are phrases that may stand capitalised without being names.
+        """
+        words = _read(text)
         mentions = list(self._find(words))
-        unknown = [mention.text for mention in mentions if not mention.ids & ids]
+        names = [mention.text for mention in mentions if mention.ids.isdisjoint(ids)]
         covered = [(mention.start, mention.end) for mention in mentions]
-        explained = (text for row in rows for text in (row.category, *row.attributes, *row.attributes.values()))
-        for first, after, _ in _Phrases(explained).find(words):
+        for first, after, _ in explained.find(words):
             covered.append((words.spans[first][0], words.spans[after - 1][1]))
         covered.extend((price.start, price.end) for price in find_prices(text))
-        return unknown + self._invented(words, sorted(covered))
+        return names + self._invented(words, sorted(covered))
 
     def _invented(self, words: _Words, covered: Sequence[tuple[int, int]]) -> list[str]:
         starts = [start for start, _ in covered]
@@ -146,13 +152,9 @@ class CatalogueNames:
         found: list[str] = []
         for first, after in _name_runs(words):
             left = [index for index in range(first, after) if not is_covered(index)]
-            if (
-                left
-                and left[0] == first
-                and _opens_sentence(words, first)
-                and not _MODEL_LIKE.match(words.words[first])
-            ):
-                left = left[1:]
+            opens = left[:1] == [first] and _opens_sentence(words, first)
+            if opens and not _MODEL_LIKE.match(words.words[first]):
+                first, left = first + 1, left[1:]
             if any(not self._is_ordinary(words.words[index]) for index in left):
                 found.append(words.text[words.spans[first][0] : words.spans[after - 1][1]])
         return found
@@ -272,27 +274,37 @@ class Claims:
 
 
 class FactChecker:
-    """Checks answers about some rows of a catalogue. `budgets` are amounts the shopper stated, in minor units."""
+    """Checks what is said about some rows of a catalogue."""
 
     def __init__(self, names: CatalogueNames, rows: Sequence[Product]) -> None:
         self._names = names
         self._rows = {row.id: row for row in rows}
+        said = (text for row in rows for text in (row.category, *row.attributes, *row.attributes.values()))
+        self._explained = _Phrases(said)
 
-    def check(self, text: str, *, budgets: Collection[int] = (), asked: str = "") -> Claims:
-        """Checks one answer; `asked` is the question before it, which may name what the answer only calls "it"."""
+    def unknown_names(self, text: str) -> list[str]:
+        """Names in the text that none of the rows bears: other products and brands, and invented ones."""
+        return self._names.unknown(text, self._rows.keys(), self._explained)
+
+    def check(self, text: str, *, budgets: Collection[int] = (), before: str = "") -> Claims:
+        """Checks one answer.
+
+        `budgets` are amounts the shopper stated, in minor units; `before` is what was said just before, which may name
+        what the answer only calls "it" or "both".
+        """
         wrong_prices: list[str] = []
         wrong_stock: list[str] = []
-        all_named = self._products(text)
-        spoken_of = self._products(asked)
+        spoken_of = self._products(before)
+        on_the_table = spoken_of + self._products(text)
         for clause in filter(None, _SENTENCE_END.split(text)):
             named = [(mention, self._of(mention)) for mention in self._names.find(clause) if mention.kind == "title"]
             for price in find_prices(clause):
                 about = _subject(named, price.start) or spoken_of[-1:] or [list(self._rows.values())]
-                if not self._supports(clause, price, about[0], all_named, budgets):
+                if not self._supports(clause, price, about[0], on_the_table, budgets):
                     wrong_prices.append(price.text)
             wrong_stock.extend(_wrong_stock(clause, named, spoken_of))
             spoken_of = [products for _, products in named] or spoken_of
-        return Claims(self._names.unknown_names(text, list(self._rows.values())), wrong_prices, wrong_stock)
+        return Claims(self.unknown_names(text), wrong_prices, wrong_stock)
 
     def _of(self, mention: Mention) -> list[Product]:
         return [self._rows[product_id] for product_id in sorted(mention.ids) if product_id in self._rows]
@@ -305,7 +317,7 @@ class FactChecker:
         clause: str,
         price: PriceMention,
         about: Sequence[Product],
-        named: Sequence[Sequence[Product]],
+        on_the_table: Sequence[Sequence[Product]],
         budgets: Collection[int],
     ) -> bool:
         before, after = clause[: price.start], clause[price.end :]
@@ -315,7 +327,7 @@ class FactChecker:
             return False
         if amounts & set(budgets) and _BUDGET.search(before):
             return True
-        prices = {row.price_minor for group in named for row in group} or {row.price_minor for row in rows}
+        prices = {row.price_minor for group in on_the_table for row in group} or {row.price_minor for row in rows}
         if _DIFFERENCE.search(after) or _DIFFERENCE_BEFORE.search(before):
             return bool(amounts & {abs(a - b) for a in prices for b in prices | set(budgets) if a != b})
         if _TOTAL.search(clause) and amounts & {sum(some) for n in (2, 3) for some in combinations(sorted(prices), n)}:

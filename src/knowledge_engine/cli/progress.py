@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from knowledge_engine.cli.output import console, is_animated
-from knowledge_engine.core import Job, JobEvent, JobWarning, LogLine, Progress, StateChange
+from knowledge_engine.core import JobEvent, JobWarning, LogLine, Progress, StateChange
 
 PLAIN_SECONDS = 5.0  # between two plain progress lines of one phase
 
@@ -25,7 +25,7 @@ class JobView:
         self._title = title
         self._console = output or console(stderr=True)
         self._bars: Bars | None = None
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}  # one bar for each phase
         self._phase = ""
         self._spoken = float("-inf")
 
@@ -61,9 +61,11 @@ class JobView:
         is_new = progress.phase != self._phase
         self._phase = progress.phase
         if self._bars is not None:
-            if self._task is None or is_new:
-                self._task = self._bars.add_task(f"{self._title}: {progress.phase}", facts=facts)
-            self._bars.update(self._task, completed=progress.step, total=progress.total_steps, facts=facts)
+            if progress.phase not in self._tasks:
+                title = f"{self._title}: {progress.phase}"
+                self._tasks[progress.phase] = self._bars.add_task(title, total=None, facts=facts)
+            task = self._tasks[progress.phase]
+            self._bars.update(task, completed=progress.step, total=progress.total_steps, facts=facts)
             return
         is_end = progress.step is not None and progress.step == progress.total_steps
         if is_new or is_end or time.monotonic() - self._spoken >= PLAIN_SECONDS:
@@ -97,9 +99,3 @@ def describe(progress: Progress) -> list[str]:
         facts.append(f"{minutes}:{seconds:02} left")
     return facts
 
-
-def last_words(job: Job) -> str:
-    """How a job ended, in a line."""
-    if job.error is None:
-        return f"job {job.id} {job.state.value}"
-    return f"job {job.id} {job.state.value}: {job.error['message']} [{job.error['reason']}]"

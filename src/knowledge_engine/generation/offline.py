@@ -38,17 +38,17 @@ _CHANGE = (
 )
 _ONE_PICK = (
     "I'd go for the {title}{brand} at {price}. {facts}",
-    "The {title}{brand} fits: it costs {price} and is in stock. {facts}",
+    "The {title}{brand} fit{s}: {it} cost{s} {price} and {are} in stock. {facts}",
     "My pick is the {title}{brand} for {price}. {facts}",
     "Have a look at the {title}{brand}, {price}. {facts}",
-    "I recommend the {title}{brand}. It costs {price}. {facts}",
-    "The {title}{brand} is what you want. {facts} The price is {price}.",
+    "I recommend the {title}{brand}. {It} cost{s} {price}. {facts}",
+    "The {title}{brand} {are} what you want. {facts} The price is {price}.",
     "Take the {title}{brand}: {price}, in stock. {facts}",
 )
 _PICK_AFTER_CHANGE = (
     "Then take the {title}{brand} at {price}. {facts}",
-    "In that case, the {title}{brand} for {price} is better. {facts}",
-    "Sure, the {title}{brand} costs {price}. {facts}",
+    "In that case, the {title}{brand} for {price} {are} better. {facts}",
+    "Sure, the {title}{brand} cost{s} {price}. {facts}",
     "No problem: the {title}{brand}, {price}. {facts}",
 )
 _TWO_PICKS = (
@@ -58,75 +58,75 @@ _TWO_PICKS = (
     "Both the {title} at {price} and the {other} at {other_price} fit and are in stock. {verdict}",
 )
 _NO_MATCH = (
-    "Sorry, none of these fits. The closest is the {title}{brand} at {price}. {reason}",
-    "I have nothing that meets all of that. Nearest is the {title}{brand} for {price}. {reason}",
-    "Unfortunately there is no match. The {title}{brand} comes closest at {price}. {reason}",
-    "Nothing here fits exactly. The {title} for {price} is the closest. {reason}",
+    "Sorry, nothing here fits that. The closest I have: the {title}{brand} at {price}. {reason}",
+    "I have nothing that meets all of that. The {title}{brand} come{s} near for {price}. {reason}",
+    "Unfortunately there is no match. The {title}{brand} come{s} closest at {price}. {reason}",
+    "Nothing here fits exactly. The {title} for {price} {are} the closest. {reason}",
 )
 _ASK_PRICE = (
-    "How much is the {title}?",
-    "What does the {title} cost?",
+    "How much {are} the {title}?",
+    "What {do} the {title} cost?",
     "And the price of the {title}?",
     "What would I pay for the {title}?",
 )
 _TELL_PRICE = (
-    "The {title} costs {price}.",
-    "It costs {price}.",
-    "The {title}{brand} is {price}.",
+    "The {title} cost{s} {price}.",
+    "{It} cost{s} {price}.",
+    "The {title}{brand} {are} {price}.",
     "The price of the {title} is {price}.",
 )
 _ASK_STOCK = (
-    "Is the {title} in stock?",
+    "{Are} the {title} in stock?",
     "Can I get the {title} right away?",
-    "Is the {title} available?",
+    "{Are} the {title} available?",
     "Do you have the {title} there now?",
 )
 _YES_STOCK = (
-    "Yes, the {title} is in stock at {price}.",
-    "Yes, it is in stock. The {title} costs {price}.",
-    "It is: the {title} is in stock for {price}.",
+    "Yes, the {title} {are} in stock at {price}.",
+    "Yes, {it} {are} in stock. The {title} cost{s} {price}.",
+    "{It} {are}: the {title} {are} in stock for {price}.",
 )
 _NO_STOCK = (
-    "Sorry, the {title} is out of stock at the moment.",
-    "No, the {title} is out of stock right now.",
-    "Not at the moment: the {title}{brand} is out of stock.",
+    "Sorry, the {title} {are} out of stock at the moment.",
+    "No, the {title} {are} out of stock right now.",
+    "Not at the moment: the {title}{brand} {are} out of stock.",
 )
 _ASK_ATTRIBUTE = (
     "What is the {name} of the {title}?",
-    "What {name} does the {title} have?",
+    "What {name} {do} the {title} have?",
     "Can you tell me the {name} of the {title}?",
-    "What about its {name}?",
+    "What about the {name}?",
 )
 _TELL_ATTRIBUTE = (
     "The {name} of the {title} is {value}.",
-    "The {title} comes {phrase}.",
-    "Its {name} is {value}.",
+    "The {title} {phrase}.",
+    "The {name} is {value}.",
     "For the {title}, the {name} is {value}.",
 )
 _ASK_COMPARE = (
-    "How does the {title} compare with the {other}?",
+    "How {do} the {title} compare with the {other}?",
     "What is the difference between the {title} and the {other}?",
     "Should I take the {title} or the {other}?",
     "The {title} or the {other}?",
 )
 _TELL_COMPARE = (
-    "The {title} costs {price}{phrase}; the {other} costs {other_price}{other_phrase}. {verdict}",
-    "The {title} is {price}{phrase}. The {other} is {other_price}{other_phrase}. {verdict}",
+    "The {title} cost{s} {price}{phrase}; the {other} cost{other_s} {other_price}{other_phrase}. {verdict}",
+    "The {title} {are} {price}{phrase}. The {other} {other_are} {other_price}{other_phrase}. {verdict}",
 )
 _ASK_CHEAPER = (
-    "Is there a cheaper one?",
+    "Is there anything cheaper?",
     "Anything cheaper than the {title}?",
     "Do you have something less expensive?",
     "That is a bit much. Is there something cheaper?",
 )
 _YES_CHEAPER = (
-    "Yes, the {other}{other_brand} costs {other_price}, which is {difference} less than the {title}.",
-    "The {other} is {difference} cheaper: it costs {other_price}.",
+    "Yes, the {other}{other_brand} cost{other_s} {other_price}, which is {difference} less than the {title}.",
+    "The {other} {other_are} {difference} cheaper, for {other_price}.",
     "Yes, have a look at the {other} for {other_price}. You save {difference}.",
 )
 _NO_CHEAPER = (
-    "No, at {price} the {title} is the cheapest one that is in stock.",
-    "The {title} for {price} is already the cheapest in stock.",
+    "No, at {price} the {title} {are} the cheapest in stock.",
+    "The {title} for {price} {are} already the cheapest in stock.",
     "Nothing cheaper is in stock than the {title} at {price}.",
 )
 _ASK_TOTAL = (
@@ -136,7 +136,7 @@ _ASK_TOTAL = (
 )
 _TELL_TOTAL = (
     "The {title} at {price} and the {other} at {other_price} come to {total} together.",
-    "{total} in total: the {title} is {price}, the {other} {other_price}.",
+    "{total} in total: the {title} {are} {price}, the {other} {other_price}.",
     "Together they cost {total}.",
 )
 _LIMIT = ("under {money}", "below {money}", "for at most {money}", "up to {money}", "for no more than {money}")
@@ -251,7 +251,7 @@ class _Speaker:
             asked = [self._choose(list(product.attributes))]
         facts = []
         if asked:
-            facts.append(f"It comes {_listed([_phrase(name, product.attributes[name]) for name in asked])}.")
+            facts.append(f"{_it(product)} {self._described(product, asked)}.")
         limit = exchange.said.max_price_minor
         if limit is not None and self._rng.random() < 0.5:
             facts.append(self._choose(_WITHIN).format(money=self._shown_limit(limit, product.currency)))
@@ -260,25 +260,36 @@ class _Speaker:
     def _refusal(self, exchange: Exchange) -> str:
         product, wanted = exchange.products[0], exchange.constraints
         reasons: list[str] = []
+        are = _number(product)["are"]
         for name in exchange.unmet:
             if name == "max_price_minor" and wanted.max_price_minor is not None:
                 over = format_price(product.price_minor - wanted.max_price_minor, product.currency)
                 limit = self._shown_limit(wanted.max_price_minor, product.currency)
-                reasons.append(self._choose((f"is above your limit of {limit}", f"is {over} over your limit")))
+                reasons.append(self._choose((f"{are} above your limit of {limit}", f"{are} {over} over your limit")))
             elif name == "in_stock":
-                reasons.append("is out of stock")
+                reasons.append(f"{are} out of stock")
             elif name == "brand":
-                reasons.append(f"is by {product.brand}" if product.brand else "is by another brand")
+                reasons.append(f"{are} by {product.brand}" if product.brand else f"{are} by another brand")
             elif name in product.attributes:
-                reasons.append(f"comes {_phrase(name, product.attributes[name])}")
+                reasons.append(self._described(product, [name]))
             else:
-                reasons.append(f"has no {name} that I know of")
-        return self._fill(_NO_MATCH, exchange, reason=f"It {_listed(reasons)}.")
+                reasons.append(f"{'have' if _is_plural(product.title) else 'has'} no {name} that I know of")
+        return self._fill(_NO_MATCH, exchange, reason=f"{_it(product)} {_listed(reasons)}.")
+
+    def _described(self, product: Product, names: Sequence[str]) -> str:
+        """Attributes as predicates: "is made of oak and comes in size M"."""
+        parts: list[str] = []
+        verb = ""
+        for name in names:
+            phrase = _phrase(name, product.attributes[name])
+            last, verb = verb, _verb(product, phrase)
+            parts.append(phrase if verb == last else f"{verb} {phrase}")
+        return _listed(parts)
 
     def _attribute(self, exchange: Exchange) -> tuple[str, str]:
         name = exchange.attribute
-        value = exchange.products[0].attributes[name]
-        facts = {"name": name, "value": value, "phrase": _phrase(name, value)}
+        product = exchange.products[0]
+        facts = {"name": name, "value": product.attributes[name], "phrase": self._described(product, [name])}
         return self._fill(_ASK_ATTRIBUTE, exchange, **facts), self._fill(_TELL_ATTRIBUTE, exchange, **facts)
 
     def _comparison(self, exchange: Exchange) -> tuple[str, str]:
@@ -287,28 +298,31 @@ class _Speaker:
         phrases = {"phrase": "", "other_phrase": ""}
         if shared:
             name = self._choose(shared)
-            phrases["phrase"] = f" and comes {_phrase(name, first.attributes[name])}"
-            phrases["other_phrase"] = f" and comes {_phrase(name, second.attributes[name])}"
+            phrases["phrase"] = f" and {self._described(first, [name])}"
+            phrases["other_phrase"] = f" and {self._described(second, [name])}"
         answer = self._fill(_TELL_COMPARE, exchange, **phrases, verdict=self._verdict(first, second))
         return self._fill(_ASK_COMPARE, exchange), answer
 
     def _total(self, exchange: Exchange) -> tuple[str, str]:
         answer = self._fill(_TELL_TOTAL, exchange)
-        gone = [product.title for product in exchange.products if not product.in_stock]
+        gone = [product for product in exchange.products if not product.in_stock]
         if gone:
-            answer += f" The {gone[0]} is out of stock, though."
+            answer += f" The {gone[0].title} {_number(gone[0])['are']} out of stock, though."
         return self._fill(_ASK_TOTAL, exchange), answer
 
     def _verdict(self, first: Product, second: Product) -> str:
         """One closing sentence on two products: who is out of stock, else who is cheaper."""
         gone = [product for product in (first, second) if not product.in_stock]
         if gone:
-            return " ".join(f"The {product.title} is out of stock." for product in gone)
+            return " ".join(f"The {product.title} {_number(product)['are']} out of stock." for product in gone)
         if first.price_minor == second.price_minor:
             return "They cost the same."
         cheap = min(first, second, key=lambda product: product.price_minor)
         difference = format_price(abs(first.price_minor - second.price_minor), first.currency)
-        return self._choose((f"The {cheap.title} is {difference} cheaper.", f"The {cheap.title} is the cheaper one."))
+        are = _number(cheap)["are"]
+        return self._choose(
+            (f"The {cheap.title} {are} {difference} cheaper.", f"The cheaper choice: the {cheap.title}.")
+        )
 
     # --- words ----------------------------------------------------------------------------------------------------
 
@@ -335,9 +349,26 @@ class _Speaker:
 
 def _slots(product: Product, prefix: Literal["", "other"]) -> dict[str, str]:
     brand = f" by {product.brand}" if product.brand else ""
-    if prefix:
-        return {"other": product.title, "other_brand": brand, "other_price": product.price_text}
-    return {"title": product.title, "brand": brand, "price": product.price_text}
+    if not prefix:
+        return {"title": product.title, "brand": brand, "price": product.price_text} | _number(product)
+    number = {f"other_{key}": word for key, word in _number(product).items()}
+    return {"other": product.title, "other_brand": brand, "other_price": product.price_text} | number
+
+
+def _number(product: Product) -> dict[str, str]:
+    """The words that agree with a title: "the kettle costs", "the headphones cost"."""
+    if _is_plural(product.title):
+        return {"are": "are", "Are": "Are", "do": "do", "s": "", "it": "they", "It": "They"}
+    return {"are": "is", "Are": "Is", "do": "does", "s": "s", "it": "it", "It": "It"}
+
+
+def _it(product: Product) -> str:
+    return _number(product)["It"]
+
+
+def _verb(product: Product, phrase: str) -> str:
+    number = _number(product)
+    return number["are"] if phrase.startswith(("made of ", "for ")) else f"come{number['s']}"
 
 
 def _phrase(name: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""A generation run: plan -> verbalise -> verify -> dataset. What does not pass is counted and replaced, within bounds."""
+"""A generation run: plan -> verbalise -> verify -> dataset. What fails is counted and, within bounds, replaced."""
 
 from __future__ import annotations
 

@@ -178,15 +178,16 @@ class _Draft:
         main = before.products[0]
         others = [row for row in self._rows if row.id != main.id and row.currency == main.currency]
         alike = sorted((row for row in others if self._alike(row)), key=lambda row: (row.price_minor, row.id))
-        cheaper = [row for row in alike if row.in_stock and row.price_minor < main.price_minor]
         options = [Exchange(Act.ATTRIBUTE, (main,), attribute=name) for name in main.attributes]
         options.extend(Exchange(Act.STOCK, (row,)) for row in self._rows if not row.in_stock or row.id == main.id)
         options.extend(Exchange(Act.COMPARE, (main, row)) for row in alike)
         options.extend(Exchange(Act.TOTAL, (main, row)) for row in others)
         # A price was just said; asking for it is only natural of another product.
         options.extend(Exchange(Act.PRICE, (row,)) for row in others if row not in before.products)
-        if alike and main.in_stock:
-            options.append(Exchange(Act.CHEAPER, (main, *cheaper[:1])))
+        cheapest = min(before.products, key=lambda row: row.price_minor)
+        if alike and cheapest.in_stock:
+            cheaper = [row for row in alike if row.in_stock and row.price_minor < cheapest.price_minor]
+            options.append(Exchange(Act.CHEAPER, (cheapest, *cheaper[:1])))
         act = self._rng.choice(sorted({option.act for option in options}))
         return self._rng.choice([option for option in options if option.act is act])
 
@@ -213,7 +214,9 @@ class _Draft:
             said = Constraints(max_price_minor=limit, currency=self._target.currency)
             return self._no_match(self._merged(said), said)
         row = self._rng.choice(alike)
-        said = self._constraints(1, row)
+        # A change of mind asks for what the first recommendation is not, if the other row has any such thing.
+        drafts = [self._constraints(1, row) for _ in range(4)]
+        said = next((draft for draft in drafts if draft.unmet(before.products[0])), drafts[0])
         wanted = self._merged(said)
         return Exchange(Act.CHANGE, self._satisfying(wanted, first=row)[:2], constraints=wanted, said=said)
 

@@ -39,33 +39,24 @@ class Verifier:
         if [message.role for message in messages] != list(_ROLES) * len(plan.exchanges):
             return Rejection.OFF_PLAN
         checker = FactChecker(self._names, plan.rows)
-        turns = zip(plan.exchanges, messages[::2], messages[1::2], strict=True)
-        for exchange, question, answer in turns:
-            rejection = self._question(plan, question.content) or self._answer(
-                plan, checker, exchange, question, answer
-            )
+        before = ""
+        for exchange, question, answer in zip(plan.exchanges, messages[::2], messages[1::2], strict=True):
+            before = f"{before}\n{question.content}"
+            rejection = _judge_question(plan, checker, question.content)
+            rejection = rejection or self._judge_answer(plan, checker, exchange, answer.content, before)
             if rejection is not None:
                 return rejection
+            before = answer.content
         key = _fingerprint(messages)
         if key in self._kept:
             return Rejection.DUPLICATE
         self._kept.add(key)
         return None
 
-    def _question(self, plan: Plan, text: str) -> Rejection | None:
-        """Shoppers name what is on the table, and the limits that were planned for them."""
-        if self._names.unknown_names(text, plan.rows):
-            return Rejection.UNKNOWN_PRODUCT
-        known = plan.budgets | {row.price_minor for row in plan.rows}
-        currencies = {row.currency for row in plan.rows}
-        if any(not known & {price.minor(currency) for currency in currencies} for price in find_prices(text)):
-            return Rejection.WRONG_PRICE
-        return None
-
-    def _answer(
-        self, plan: Plan, checker: FactChecker, exchange: Exchange, question: Message, answer: Message
+    def _judge_answer(
+        self, plan: Plan, checker: FactChecker, exchange: Exchange, text: str, before: str
     ) -> Rejection | None:
-        claims = checker.check(answer.content, budgets=plan.budgets, asked=question.content)
+        claims = checker.check(text, budgets=plan.budgets, before=before)
         if claims.unknown_names:
             return Rejection.UNKNOWN_PRODUCT
         if claims.wrong_prices:
@@ -73,10 +64,21 @@ class Verifier:
         if claims.wrong_stock:
             return Rejection.WRONG_STOCK
         if exchange.act in {Act.NEED, Act.CHANGE, Act.NO_MATCH}:
-            named = {product_id for mention in self._names.find(answer.content) for product_id in mention.ids}
+            named = {product_id for mention in self._names.find(text) for product_id in mention.ids}
             if not {product.id for product in exchange.products} <= named:
                 return Rejection.OFF_PLAN
         return None
+
+
+def _judge_question(plan: Plan, checker: FactChecker, text: str) -> Rejection | None:
+    """Shoppers name what is on the table, and the limits that were planned for them."""
+    if checker.unknown_names(text):
+        return Rejection.UNKNOWN_PRODUCT
+    known = plan.budgets | {row.price_minor for row in plan.rows}
+    currencies = {row.currency for row in plan.rows}
+    if any(not known & {price.minor(currency) for currency in currencies} for price in find_prices(text)):
+        return Rejection.WRONG_PRICE
+    return None
 
 
 def _fingerprint(messages: Sequence[Message]) -> bytes:

@@ -233,6 +233,8 @@ class EngineClient:
             raise FrameError(f"not a status: {error.error_count()} fields are wrong") from None
         self._last_words = self._status.detail if self._status.state == "down" else ""
         self._answer_waiters()
+        if self._status.state == "down":
+            self._fail_requests()
 
     def _answer_waiters(self) -> None:
         waiters, self._status_waiters = self._status_waiters, []
@@ -244,8 +246,11 @@ class EngineClient:
         self._writer = None
         self._status = EngineStatus(state="down", detail=detail)
         self._answer_waiters()
+        self._fail_requests()
+
+    def _fail_requests(self) -> None:
         for queue in self._requests.values():
-            queue.put_nowait(_unavailable(detail))
+            queue.put_nowait(_unavailable(self._status.detail))
 
 
 def _put(

@@ -56,6 +56,8 @@ MAX_UNSENT_BYTES = 16 * 2**20
 PARENT_POLL_SECONDS = 0.5
 STATUS_SECONDS = 0.2
 """At least this long between two progress reports while the base is prepared."""
+LAST_WORDS_SECONDS = 2.5
+"""An engine that failed says why for so long: clients look for it every two seconds."""
 STOP_SECONDS = 5.0
 """A forward pass ends well within this; the preparation of a base does not, and may be cut off anywhere."""
 
@@ -187,8 +189,10 @@ class Engine:
         return self._scheduler
 
     def _abort(self, key: Key) -> None:
-        if key in self._requests and self._scheduler is not None:
-            self._requests.discard(key)
+        if key not in self._requests:
+            return
+        self._requests.discard(key)
+        if self._scheduler is not None:
             num_steps = self._scheduler.steps_of(key)
             self._commands.put(lambda scheduler: scheduler.abort(key, num_steps))
 
@@ -251,8 +255,9 @@ class Engine:
 
     def _give_up(self, detail: str) -> None:
         self._failed = True
+        self._scheduler = None
         self._set_status(EngineStatus(state="down", detail=detail))
-        self._stopped.set()
+        self._loop.call_later(LAST_WORDS_SECONDS, self._stopped.set)
 
     # --- the model thread -----------------------------------------------------------------------------------------
 
@@ -278,7 +283,8 @@ class Engine:
         from knowledge_engine.inference.scheduler import Scheduler
         from knowledge_engine.text import ChatText
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
         device = modeling.default_device()
         precision = modeling.serving_precision(device)
         model = modeling.load_base(base, precision, device)

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -29,7 +30,7 @@ PREFILL_TOKENS = 512
 """Prompt tokens read in one step: a long prompt neither stalls the others nor outlives its abort. Fixed, because other
 pieces sum in another order and may give another answer."""
 
-MAX_IDLE_ADAPTERS = 16
+MAX_IDLE_ADAPTERS = 8
 """Adapters kept for the next request beside those in use; one of rank 16 on a 7B base is 160 MB in fp32."""
 
 Key = tuple[int, int]
@@ -102,7 +103,7 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._tuned: torch.nn.Module | None = None
+        self._tuned: Any = None  # PEFT's wrapper, once there was an adapter
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._selected: str | None = None
         self._numbers = itertools.count(1)
@@ -113,7 +114,7 @@ class Adapters:
 
     @property
     def selected(self) -> str | None:
-        """Digest of the adapter that forward passes go through now; None is the bare base."""
+        """Digest of the adapter that forward passes go through now; None is the bare base, empty is not known."""
         return self._selected
 
     def acquire(self, adapter: Adapter) -> None:
@@ -125,12 +126,9 @@ class Adapters:
         loaded = self._loaded.get(adapter.digest)
         if loaded is None:
             loaded = _Loaded(f"adapter{next(self._numbers)}")
-            selected, self._selected = self._selected, ""  # loading may move the selection
-            try:
-                self._tuned = modeling.add_adapter(self._tuned or self._model, adapter.folder, loaded.name)
-            finally:
-                if self._tuned is None:
-                    self._selected = selected
+            self._selected = ""  # loading may move the selection
+            model = self._model if self._tuned is None else self._tuned
+            self._tuned = modeling.add_adapter(model, adapter.folder, loaded.name)
             self._loaded[adapter.digest] = loaded
         self._loaded.move_to_end(adapter.digest)
         loaded.num_users += 1
@@ -156,7 +154,7 @@ class Adapters:
     def select(self, digest: str | None) -> None:
         """Sends the following forward passes through this adapter, or through the bare base."""
         if digest == self._selected or self._tuned is None:
-            return
+            return  # a base that was never wrapped has nothing to select
         self._selected = ""  # until it has worked
         modeling.select_adapter(self._tuned, None if digest is None else self._loaded[digest].name)
         self._selected = digest
@@ -164,6 +162,7 @@ class Adapters:
     def _remove(self, digest: str) -> None:
         if self._selected == digest:
             self.select(None)
+        self._selected = ""  # as may removing
         modeling.remove_adapter(self._tuned, self._loaded.pop(digest).name)
 
 

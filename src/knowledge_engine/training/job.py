@@ -10,7 +10,6 @@ import gc
 import os
 import resource
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText, Example, encode_conversations, read_template
 from knowledge_engine.tracking import Tracker, open_tracker
-from knowledge_engine.training.loop import TrainedSummary, _demand_finite, evaluation_batches, train
+from knowledge_engine.training.loop import TrainedSummary, demand_finite, evaluation_batches, train
 from knowledge_engine.training.loss import mean_loss
 
 DEFAULT_MAX_LENGTH = 2048
@@ -51,9 +50,7 @@ class _Material:
     chat_template_digest: str
 
 
-def run_training(
-    context: JobContext, settings: Settings, datasets: Datasets, registry: Registry
-) -> TrainingResult:
+def run_training(context: JobContext, settings: Settings, datasets: Datasets, registry: Registry) -> TrainingResult:
     """Trains, compares and publishes as the job's spec says.
 
     Raises:
@@ -76,7 +73,7 @@ def run_training(
     try:
         folder = registry.stage(context.job.id)
         summary = _train(context, spec, base, material, folder, tracker, device)
-        comparison = _compare(context, base, material, folder, device)
+        comparison = _compare(context, base, material, folder, summary.num_steps, device)
         if comparison is not None:
             tracker.log({"eval/loss": comparison.tuned_loss, "eval/base_loss": comparison.base_loss}, summary.num_steps)
         result = _publish(context, spec, base, material, folder, registry, summary, comparison, device)
@@ -151,7 +148,7 @@ def _train(
 
 
 def _compare(
-    context: JobContext, base: Base, material: _Material, folder: Path, device: str
+    context: JobContext, base: Base, material: _Material, folder: Path, num_steps: int, device: str
 ) -> HeldOutComparison | None:
     """Base against tuned model on the held-out conversations; None without any."""
     if not material.held_out:
@@ -161,12 +158,12 @@ def _compare(
     model = modeling.add_adapter(modeling.load_base(base, precision, device), folder, "tuned")
     losses: list[float] = []
     num_tokens = 0
-    for step, adapter in enumerate((None, "tuned"), 1):
+    for done, adapter in enumerate((None, "tuned"), 1):
         modeling.select_adapter(model, adapter)
         loss, num_tokens = mean_loss(model, evaluation_batches(material.held_out, device), context.check)
-        _demand_finite(step, **{"the held-out loss": loss})
+        demand_finite("the held-out loss", loss, num_steps)
         losses.append(loss)
-        context.report(Progress(phase="evaluating", step=step, total_steps=2, eval_loss=loss))
+        context.report(Progress(phase="evaluating", step=done, total_steps=2))
     return HeldOutComparison(
         base_loss=losses[0],
         tuned_loss=losses[1],
@@ -174,3 +171,50 @@ def _compare(
         num_tokens=num_tokens,
         precision=precision,
     )
+
+
+def _publish(
+    context: JobContext,
+    spec: TrainingSpec,
+    base: Base,
+    material: _Material,
+    folder: Path,
+    registry: Registry,
+    summary: TrainedSummary,
+    comparison: HeldOutComparison | None,
+    device: str,
+) -> TrainingResult:
+    context.report(Progress(phase="publishing"))
+    for name in _TOKENIZER_FILES:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    (folder / "chat_template.jinja").write_text(read_template(base.folder), encoding="utf-8")
+    context.check()
+    version = registry.publish(
+        spec=spec,
+        job_id=context.job.id,
+        folder=folder,
+        base=base,
+        dataset_digest=material.dataset_digest,
+        chat_template_digest=material.chat_template_digest,
+        comparison=comparison,
+        training_precision=modeling.training_precision(device, use_qlora=spec.use_qlora),
+    )
+    return TrainingResult(
+        model=version.model,
+        version=version.version,
+        digest=version.digest,
+        train_loss=summary.loss,
+        comparison=comparison,
+        num_steps=summary.num_steps,
+        num_tokens=summary.num_tokens,
+        tokens_per_second=summary.num_tokens / summary.seconds,
+        training_seconds=summary.seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -103,7 +103,8 @@ def train(
             step_loss += loss.item()
             meter.count(batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, spec.max_grad_norm or math.inf).item()
-        _demand_finite(step, loss=step_loss, grad_norm=grad_norm)
+        demand_finite("the loss", step_loss, step)
+        demand_finite("the gradient norm", grad_norm, step)
         learning_rate = learning_rate_at(spec, step - 1, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -131,6 +132,18 @@ def train(
     return TrainedSummary(sum(losses) / sum(tokens), total_steps, meter.num_tokens, meter.seconds)
 
 
+def demand_finite(quantity: str, value: float, step: int) -> None:
+    """Raises KnowledgeEngineError: NON_FINITE."""
+    if not math.isfinite(value):
+        raise KnowledgeEngineError(
+            f"{quantity} became {value} at step {step}; a lower learning_rate usually helps",
+            reason=Reason.NON_FINITE,
+            quantity=quantity,
+            value=value,
+            step=step,
+        )
+
+
 def evaluation_batches(held_out: Sequence[Example], device: str) -> Iterator[Batch]:
     """All held-out examples, in batches of similar lengths."""
     ordered = sorted(held_out, key=lambda example: len(example.input_ids))
@@ -146,17 +159,6 @@ def _windows(examples: Sequence[Example], spec: TrainingSpec) -> Iterator[list[l
         for first in range(0, len(plan), spec.gradient_accumulation_steps):
             window = plan[first : first + spec.gradient_accumulation_steps]
             yield [[examples[index] for index in members] for members in window]
-
-
-def _demand_finite(step: int, **values: float) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise KnowledgeEngineError(
-                f"{name} became {value} at step {step}; a lower learning_rate usually helps",
-                reason=Reason.NON_FINITE,
-                step=step,
-                quantity=name,
-            )
 
 
 def _metrics(progress: Progress) -> dict[str, float]:

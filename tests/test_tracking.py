@@ -122,7 +122,9 @@ tracker.finish(JobState.SUCCEEDED)
 print(json.dumps([warnings, tracker.run and tracker.run.url]))
 """
     root = Path(__file__).parent.parent
-    environment = os.environ | {"WANDB_BASE_URL": silent_server, "PYTHONPATH": str(root)}
+    # Not this process's environment: W&B leaves there how children can join its service.
+    environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}
+    environment |= {"WANDB_BASE_URL": silent_server, "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=150)
 

@@ -47,7 +47,7 @@ class Jobs:
         self._settings = settings
         self._state = state
         self._discard = discard
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[_Key, _Worker] = {}
         self._tails: dict[str, _Tail] = {}
         self._cancelled_at: dict[str, float] = {}
         self._wake = asyncio.Event()
@@ -150,7 +150,7 @@ class Jobs:
             if job is None:
                 return
             worker = await _Worker.start(self._settings, job)
-            self._workers[job.id] = worker
+            self._workers[worker.key] = worker
             worker.settled = asyncio.create_task(self._settle(worker))
 
     async def _settle(self, worker: _Worker) -> None:
@@ -162,7 +162,7 @@ class Jobs:
         except ConflictError:
             pass  # it finished by itself: the ordinary case
         finally:
-            self._workers.pop(worker.job.id, None)
+            del self._workers[worker.key]
             self._wake.set()
 
     async def _bury(self, job: Job, interrupted: bool, how: str) -> None:
@@ -184,7 +184,7 @@ class Jobs:
     async def _foreign_attempts(self) -> list[RunningAttempt]:
         """Attempts under way that a former server process started."""
         attempts = await asyncio.to_thread(self._state.running_attempts)
-        return [attempt for attempt in attempts if attempt.job.id not in self._workers]
+        return [attempt for attempt in attempts if _key(attempt.job) not in self._workers]
 
     async def _sweep(self) -> None:
         """Presses what was asked to stop, and buries foreign attempts that are no longer alive."""
@@ -196,9 +196,9 @@ class Jobs:
             overdue = job_id in cancelling and (
                 time.monotonic() - self._cancelled_at[job_id] >= self._settings.cancel_grace_seconds
             )
-            if job_id in self._workers:
+            if worker := self._workers.get(_key(attempt.job)):
                 if overdue:
-                    self._workers[job_id].kill_group()
+                    worker.kill_group()
                 continue
             process = await asyncio.to_thread(_find_process, attempt)
             if process is not None and overdue:
@@ -207,6 +207,14 @@ class Jobs:
             if process is None and (attempt.worker_pid is not None or attempt.lease_expires < time.time()):
                 with contextlib.suppress(ConflictError):
                     await self._bury(attempt.job, False, "its process was gone when the service came back")
+
+
+_Key = tuple[str, int]
+
+
+def _key(job: Job) -> _Key:
+    """An attempt: one job may have a worker that is ending and another that is beginning."""
+    return job.id, job.attempt
 
 
 def server_lock_path(settings: Settings) -> Path:
@@ -224,6 +232,7 @@ class _Worker:
 
     def __init__(self, job: Job, process: asyncio.subprocess.Process, log_path: Path) -> None:
         self.job = job
+        self.key = _key(job)
         self.process = process
         self.log_path = log_path
         self.interrupted = False

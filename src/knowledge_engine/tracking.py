@@ -110,6 +110,8 @@ class Tracker:
     def _open(self) -> wandb.Run:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.environ.update(dict.fromkeys(_FOLDERS, str(self._folder)))
+        # Its reports about itself; where its server is silent they hold up the end of the process for 20 s.
+        os.environ["WANDB_ERROR_REPORTING"] = "false"
         if self._settings.wandb_api_key is not None:
             try:
                 return self._init("online")

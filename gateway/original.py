@@ -24,8 +24,9 @@ _STATUS: dict[tuple[int, str], schemas.JobStatus] = {
     (jobs_pb2.JOB_STATE_SUCCEEDED, ""): "completed",
     (jobs_pb2.JOB_STATE_FAILED, ""): "failed",
 }
-# The phases whose steps are the job's own work.
+# The phases whose steps are the job's own work, and those that come after it.
 _WORK = frozenset({"training", "generating"})
+_AFTER_WORK = frozenset({"evaluating", "publishing"})
 _UNITS = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
 
 
@@ -55,9 +56,7 @@ def progress_percent(job: jobs_pb2.Job) -> float:
     share = 0.0
     if progress.phase in _WORK and progress.total_steps:
         share = progress.step / progress.total_steps
-    elif progress.HasField("epoch") and job.training.num_train_epochs:
-        share = progress.epoch / job.training.num_train_epochs
-    elif progress.phase == "publishing":
+    elif progress.phase in _AFTER_WORK:
         share = 1.0
     return round(min(share * 100, 99.0), 1)
 
@@ -66,8 +65,10 @@ def training_status(job: jobs_pb2.Job, now: datetime | None = None) -> schemas.T
     """The status page of any job; `now` is the time that a running job's elapsed time is counted to."""
     progress = job.progress
     running = job.state == jobs_pb2.JOB_STATE_RUNNING
+    result = job.result.training if job.result.HasField("training") else None
+    loss = progress.loss if progress.HasField("loss") else result.train_loss if result else None
     metrics = schemas.TrainingMetrics(
-        current_loss=_finite(progress.loss) if progress.HasField("loss") else None,
+        current_loss=_finite(loss) if loss is not None else None,
         learning_rate=_finite(progress.learning_rate) if progress.HasField("learning_rate") else None,
         throughput=_finite(progress.examples_per_second) if progress.HasField("examples_per_second") else None,
         samples_processed=progress.num_examples if progress.HasField("num_examples") else None,

@@ -135,7 +135,9 @@ class TrainResponse(BaseModel):
 class TrainingMetrics(BaseModel):
     """The newest figures; null where they do not apply or are not known yet."""
 
-    current_loss: float | None = Field(description="Mean loss per trained token of the last step, in nats.")
+    current_loss: float | None = Field(
+        description="Mean loss per trained token, in nats: of the last step, or of the last epoch at the end."
+    )
     learning_rate: float | None
     throughput: float | None = Field(description="Samples per second.")
     samples_processed: int | None

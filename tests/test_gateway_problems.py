@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ import pytest
 from google.rpc import status_pb2
 
 from gateway.app import create_app
-from gateway.problems import HTTP_STATUS
+from gateway.problems import HTTP_STATUS, failure_of, http_status
+from gateway.routes import _job_event
+from gateway.sse import frames
 from knowledge_engine.errors import Reason
 from knowledge_engine.settings import Settings
-from knowledge_engine.v1 import inference_pb2, jobs_pb2
+from knowledge_engine.v1 import inference_pb2, jobs_pb2, jobs_pb2_grpc
 from tests.fakes_server import ScriptedServer, abort, scripted_server, status
 
+ROOT = Path(__file__).parent.parent
 ASK = {"messages": [{"role": "user", "content": "Which kettle?"}]}
 EXPECTED = {
     "CANCELLED": 499,
@@ -234,8 +239,40 @@ async def test_an_unexpected_exception_is_a_fixed_problem(tmp_path: Path, caplog
     assert "r9" in caplog.text
 
 
-def test_a_status_code_of_tomorrow_is_unknown() -> None:
-    from gateway.problems import failure_of, http_status
+async def test_a_quiet_stream_is_kept_alive_and_its_call_ends_with_it(server: ScriptedServer) -> None:
+    async def wait(request: Any, context: Any) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        event = jobs_pb2.JobEvent(job="jobs/x", sequence=1, log=jobs_pb2.JobEvent.LogLine(message="a\nb"))
+        yield jobs_pb2.WatchJobResponse(event=event)
+        await asyncio.sleep(60)
 
+    server.script["WatchJob"] = wait
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = jobs_pb2_grpc.JobServiceStub(channel).WatchJob(jobs_pb2.WatchJobRequest(name="jobs/x"))
+        stream = frames(call, _job_event, "r1", heartbeat_seconds=0.02)
+        received = [await anext(stream) for _ in range(4)]
+        await stream.aclose()
+        assert call.cancelled()
+    (event,) = events(received[0].decode())
+    assert (event[0], event[1]["log"]["message"]) == ("log", "a\nb")
+    assert received[0].decode().endswith("\nid: 1\n\n")
+    assert all(frame.startswith(b":") for frame in received[1:])
+
+
+def test_bad_settings_stop_the_gateway_with_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway"],
+        env={"PATH": "", "KNOWLEDGE_HTTP_ADDRESS": "0.0.0.0:0", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "KNOWLEDGE_API_KEYS" in done.stderr
+    assert "KNOWLEDGE_ALLOW_ANONYMOUS" in done.stderr
+
+
+def test_a_status_code_of_tomorrow_is_unknown() -> None:
     failure = failure_of(status_pb2.Status(code=99, message="?"))
     assert (failure.code, http_status(failure)) == ("UNKNOWN", 500)

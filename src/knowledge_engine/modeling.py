@@ -23,7 +23,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import peft
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -146,6 +149,41 @@ def linear_modules(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head  # bitsandbytes' are subclasses of nn.Linear
     ]
+
+
+class AdaptedLinear:
+    """A linear module with its adapter, for code that does the arithmetic itself."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.a: torch.Tensor = module.lora_A["default"].weight
+        self.b: torch.Tensor = module.lora_B["default"].weight
+        self.scaling: float = module.scaling["default"]
+        self.dropout: float = getattr(module.lora_dropout["default"], "p", 0.0)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The frozen weight (outputs, inputs), dequantised for this call where it is kept in four bits."""
+        layer = self.module.base_layer
+        if isinstance(layer, Linear4bit):
+            quantised: Any = layer.weight
+            return dequantize_4bit(quantised, quantised.quant_state).to(dtype)
+        weight: torch.Tensor = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        return weight.to(dtype)
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        bias: torch.Tensor | None = self.module.base_layer.bias
+        return None if bias is None else bias.to(dtype)
+
+
+def adapted_linears(model: PeftModel) -> list[AdaptedLinear]:
+    """Every module that `attach_lora` adapted."""
+    return [AdaptedLinear(module) for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def body_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, Any]:
+    """The part that turns tokens into hidden states, and the one that turns those into logits."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return whole.get_decoder(), whole.get_output_embeddings()
 
 
 def save_adapter(model: PeftModel, folder: Path, base: Base) -> None:
@@ -292,8 +330,13 @@ def _quiet_peft() -> Iterator[None]:
 
 
 __all__ = [
+    "AdaptedLinear",
+    "PeftModel",
+    "PreTrainedModel",
+    "adapted_linears",
     "add_adapter",
     "attach_lora",
+    "body_and_head",
     "default_device",
     "linear_modules",
     "load_base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -26,9 +27,9 @@ from knowledge_engine.generation.verifier import Verifier
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import with_context
 
-# A small catalogue repeats itself long before it is used up: so many refusals in a row mean that it is.
-_MAX_REFUSALS_IN_A_ROW = 500
-_MAX_PLANS_PER_CONVERSATION = 20
+# A catalogue is used up, or its verbaliser useless, when fewer than 1 in 10 of so many plans are kept.
+_PLANS_A_LOOK = 500
+_MIN_KEPT_A_LOOK = 50
 _NUM_REPORTS = 50
 
 
@@ -95,20 +96,20 @@ class _Run:
         """The kept conversations as JSONL, one at a time."""
         wanted = self._spec.num_conversations
         report_every = max(1, wanted // _NUM_REPORTS)
-        refused_in_a_row = 0
+        kept_before = 0
         self._report()
-        for number in range(wanted * _MAX_PLANS_PER_CONVERSATION):
+        for number in itertools.count():
             self._context.check()
+            if number and number % _PLANS_A_LOOK == 0:
+                if self.num_kept - kept_before < _MIN_KEPT_A_LOOK:
+                    raise self._too_small()
+                kept_before = self.num_kept
             plan = self._planner.plan(number)
             messages = self._verbaliser.verbalise(plan)
             rejection = self._verifier.verify(plan, messages)
             if rejection is not None:
                 self.rejections[rejection.value] += 1
-                refused_in_a_row += 1
-                if refused_in_a_row >= _MAX_REFUSALS_IN_A_ROW:
-                    break
                 continue
-            refused_in_a_row = 0
             self.num_kept += 1
             row = _conversation(plan, messages, show_rows=self._spec.include_product_data).to_row()
             yield json.dumps(row, ensure_ascii=False).encode() + b"\n"
@@ -116,7 +117,6 @@ class _Run:
                 self._report()
             if self.num_kept == wanted:
                 return
-        raise self._too_small()
 
     def _report(self) -> None:
         seconds = time.monotonic() - self._start

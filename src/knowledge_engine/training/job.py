@@ -67,8 +67,9 @@ def run_training(context: JobContext, settings: Settings, datasets: Datasets, re
     base = _load_base_facts(context, settings, spec, device)
     material = _encode(spec, base, datasets)
     context.log(f"{len(material.train)} conversations to train on, {len(material.held_out)} held out")
-    tracker = open_tracker(settings, context.job, context.work_dir)
-    context.track(tracker.run)
+    tracker = open_tracker(settings, context.job, context.work_dir, context.warn)
+    if tracker.run is not None:
+        context.track(tracker.run)
     state = JobState.FAILED
     try:
         folder = registry.stage(context.job.id)

@@ -17,12 +17,13 @@ from itertools import count
 
 import psutil
 import torch
-from peft import PeftModel
 
 from knowledge_engine.core import JobContext, LrSchedulerType, Progress, TrainingSpec
 from knowledge_engine.errors import KnowledgeEngineError, Reason
+from knowledge_engine.modeling import PeftModel
 from knowledge_engine.text import Example
 from knowledge_engine.training.data import Batch, collate, count_trained, plan_batches
+from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
 
 DEFAULT_EPOCHS = 3.0
@@ -89,6 +90,7 @@ def train(
     windows = _windows(examples, spec)
     meter = _Meter(total_steps)
     recent: deque[tuple[float, int]] = deque(maxlen=steps_per_epoch)  # summed loss and trained tokens
+    use_fused_lora(model, spec.seed)
     check_head(model, collate(examples[:1], device))
     model.train()
     for step in range(1, total_steps + 1):

@@ -6,15 +6,14 @@ plain loss over all logits. Shapes as in `data.py`, and H the width of the hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from knowledge_engine.errors import InvalidSpecError, Reason
+from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head
 from knowledge_engine.training.data import Batch
 
 _CHUNK_POSITIONS = 512
@@ -30,8 +29,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Callable[..., Any]) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
-        gradients = []
-        for states, tokens in zip(hidden.split(_CHUNK_POSITIONS), targets.split(_CHUNK_POSITIONS), strict=True):
+        gradients: list[torch.Tensor] = []
+        for states, tokens in _chunks(hidden, targets):
             with torch.enable_grad():
                 leaf = states.detach().requires_grad_()
                 loss = functional.cross_entropy(head(leaf).float(), tokens, reduction="sum")
@@ -48,17 +47,14 @@ class _HeadLoss(torch.autograd.Function):
 
 def batch_loss(model: Model, batch: Batch) -> torch.Tensor:
     """Summed negative log-likelihood of the trained tokens, in nats; divide by N for the mean."""
-    body: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    states = body.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
+    body, head = body_and_head(model)
+    states = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
     hidden = states.flatten(0, 1)[batch.positions]
-    head = body.get_output_embeddings()
     if hidden.requires_grad:
         return _HeadLoss.apply(hidden, batch.targets, head)  # type: ignore[no-any-return, no-untyped-call]
     losses = [
         functional.cross_entropy(head(states).float(), tokens, reduction="sum")
-        for states, tokens in zip(hidden.split(_CHUNK_POSITIONS), batch.targets.split(_CHUNK_POSITIONS), strict=True)
+        for states, tokens in _chunks(hidden, batch.targets)
     ]
     return torch.stack(losses).sum()
 
@@ -92,13 +88,16 @@ def check_head(model: Model, batch: Batch) -> None:
     was_training = model.training
     model.eval()
     logits = model(input_ids=batch.input_ids[:1], use_cache=False).logits[0].float()
-    body: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    states = body.get_decoder()(input_ids=batch.input_ids[:1], use_cache=False).last_hidden_state[0]
-    ours = body.get_output_embeddings()(states).float()
+    body, head = body_and_head(model)
+    ours = head(body(input_ids=batch.input_ids[:1], use_cache=False).last_hidden_state[0]).float()
     model.train(was_training)
     if not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise InvalidSpecError(
-            f"a {body.config.model_type} model changes its logits after the head, which training does not support",
+            f"a {model.config.model_type} model changes its logits after the head, which training does not support",
             reason=Reason.BASE_MODEL_UNSUPPORTED,
-            architecture=body.config.model_type,
+            architecture=model.config.model_type,
         )
+
+
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(torch.split(tensor, _CHUNK_POSITIONS) for tensor in tensors), strict=True)

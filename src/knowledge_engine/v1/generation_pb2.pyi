@@ -150,7 +150,7 @@ class GenerationResult(_message.Message):
     """Who put the plans into words: `offline`."""
     @_builtins.property
     def rejections(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """How many were rejected for what, by reason: `UNKNOWN_PRODUCT`, `WRONG_PRICE`, `DUPLICATE`."""
+        """How many were rejected for what, by reason: `UNKNOWN_PRODUCT`, `WRONG_PRICE`, `WRONG_STOCK`, `OFF_PLAN`, `DUPLICATE`."""
 
     def __init__(
         self,

@@ -92,7 +92,7 @@ class TrainingSpec(_message.Message):
     max_grad_norm: _builtins.float
     """The global gradient norm is clipped to this; 0 turns clipping off. Default 1."""
     num_train_epochs: _builtins.float
-    """Passes over the training set, above 0 and at most 50; ignored by none: refused beside max_steps. Default 3."""
+    """Passes over the training set, above 0 and at most 50; refused beside max_steps. Default 3."""
     max_steps: _builtins.int
     """Optimizer steps, 1 to 1,000,000, instead of num_train_epochs."""
     per_device_train_batch_size: _builtins.int

@@ -85,6 +85,14 @@ def test_a_job_lives_from_queued_to_succeeded(state: State) -> None:
     assert done.last_sequence == 6
 
 
+def test_progress_keeps_the_figures_of_the_training(state: State) -> None:
+    state.create_job(SPEC)
+    job_id, attempt = claim(state)
+    state.append_events(job_id, attempt, [Progress(phase="training", step=5, total_steps=5, loss=1.5, epoch=2.0)])
+    state.append_events(job_id, attempt, [Progress(phase="publishing")])
+    assert state.get_job(job_id).progress == Progress(phase="publishing", loss=1.5, epoch=2.0)
+
+
 def test_events_are_read_from_any_sequence(state: State) -> None:
     state.create_job(SPEC)
     job_id, attempt = claim(state)

@@ -223,6 +223,14 @@ class Progress(_Frozen):
     eta_seconds: float | None = None
     memory_bytes: int | None = None
 
+    def over(self, before: Self | None) -> Self:
+        """This progress with what it does not say of the training itself taken from the one before: a job that is
+        publishing still knows its loss."""
+        if before is None:
+            return self
+        kept = {"epoch", "num_examples", "loss", "eval_loss", "learning_rate"}
+        return self.model_copy(update={field: getattr(before, field) for field in kept if getattr(self, field) is None})
+
 
 class LogLine(_Frozen):
     type: Literal["log"] = "log"

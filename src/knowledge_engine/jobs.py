@@ -177,9 +177,9 @@ class Jobs:
                 error = KnowledgeEngineError(
                     f"{MAX_CRASHES} attempts crashed; the last: {how}", reason=Reason.WORKER_CRASHED, job=job.id
                 )
-        _LOG.warning("job %s: %s", job.id, message)
         await asyncio.to_thread(self._discard, job.id)
         await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message, error)
+        _LOG.warning("job %s: %s", job.id, message)
 
     async def _foreign_attempts(self) -> list[RunningAttempt]:
         """Attempts under way that a former server process started."""

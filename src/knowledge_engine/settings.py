@@ -240,8 +240,8 @@ def parse_api_keys(keys: SecretStr) -> dict[str, str]:
         name, separator, key = entry.partition(":")
         if not separator or not is_name(name):
             raise ValueError(f"entry {position} is not name:key")
-        if len(key) < 8:
-            raise ValueError(f"the key of {name!r} is shorter than 8 characters")
+        if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(f"the key of {name!r} must have at least 8 characters, printable ASCII without spaces")
         if name in parsed or key in parsed.values():
             raise ValueError(f"entry {position} repeats a name or a key")
         parsed[name] = key

@@ -376,11 +376,14 @@ class State:
             ConflictError: ATTEMPT_SUPERSEDED.
         """
         with self._write() as connection:
-            _get_attempt(connection, job_id, attempt)
+            job = _get_attempt(connection, job_id, attempt)
             _append(connection, job_id, payloads)
-            progress = [payload for payload in payloads if isinstance(payload, Progress)]
-            if progress:
-                values = {"progress": progress[-1].model_dump_json()}
+            progress = job.progress
+            for payload in payloads:
+                if isinstance(payload, Progress):
+                    progress = payload.over(progress)
+            if progress is not None and progress is not job.progress:
+                values = {"progress": progress.model_dump_json()}
                 connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(values))
 
     def set_tracker_run(self, job_id: str, attempt: int, run: TrackerRun) -> None:

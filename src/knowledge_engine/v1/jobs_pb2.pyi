@@ -112,7 +112,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___Progress:
-        """The latest progress, the same as in the newest progress event."""
+        """The newest progress; figures of the training that it does not say are those of the progress before."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

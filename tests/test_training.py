@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from knowledge_engine import modeling
+from knowledge_engine.bases import Base
+from knowledge_engine.core import (
+    DatasetFormat,
+    DatasetKind,
+    Job,
+    JobKind,
+    JobState,
+    JobStopped,
+    LoraConfig,
+    Message,
+    Progress,
+    TrackerRun,
+    TrainingResult,
+    TrainingSpec,
+    utc_now,
+)
+from knowledge_engine.datasets import Datasets
+from knowledge_engine.errors import IntegrityError, InvalidSpecError, KnowledgeEngineError, Reason
+from knowledge_engine.registry import Registry
+from knowledge_engine.settings import Settings
+from knowledge_engine.state import State
+from knowledge_engine.text import ChatText, Example
+from knowledge_engine.training.data import collate, count_trained, plan_batches
+from knowledge_engine.training.job import run_training
+from knowledge_engine.training.lora import use_fused_lora
+from knowledge_engine.training.loop import count_steps, evaluation_batches, learning_rate_at, train
+from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
+from tests.tiny import CONTEXT, FAMILIES, build_tiny_adapter, build_tiny_base
+
+SPEC = TrainingSpec(dataset="d", model="m", use_qlora=False, max_steps=3, learning_rate=0.01)
+
+
+class FakeContext:
+    """Records what a job says; `stop_after` checks it must end."""
+
+    def __init__(self, work_dir: Path, spec: TrainingSpec = SPEC, stop_after: int | None = None) -> None:
+        self.job = Job(id="job-1", kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
+        self.work_dir = work_dir
+        self.events: list[Progress] = []
+        self.lines: list[str] = []
+        self.runs: list[TrackerRun] = []
+        self._left = stop_after
+
+    def report(self, progress: Progress) -> None:
+        self.events.append(progress)
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+    def warn(self, reason: str, message: str) -> None:
+        self.lines.append(message)
+
+    def track(self, run: TrackerRun) -> None:
+        self.runs.append(run)
+
+    def check(self) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise JobStopped("cancelled")
+
+    @property
+    def steps(self) -> list[Progress]:
+        return [event for event in self.events if event.phase == "training"]
+
+
+def _rows(count: int = 12) -> list[list[Message]]:
+    chance = random.Random(3)
+    words = "the trail shoe kettle backpack costs is in stock black red small EUR".split()
+    return [
+        [
+            Message(role="user", content=" ".join(chance.choices(words, k=chance.randint(2, 9))) + "?"),
+            Message(role="assistant", content="The " + " ".join(chance.choices(words, k=chance.randint(2, 14))) + "."),
+        ]
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
+    root = tmp_path_factory.mktemp("bases")
+    folders = {family: build_tiny_base(root / family, family) for family in FAMILIES}
+    return {name: Base("base", folder, "sha256:0", CONTEXT, name, "tiny", 1) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def examples(bases: dict[str, Base]) -> list[Example]:
+    text = ChatText.load(bases["llama"])
+    return [text.encode_example(row) for row in _rows()]
+
+
+def _tuned(base: Base, spec: TrainingSpec = SPEC) -> modeling.PeftModel:
+    precision = modeling.training_precision("cpu", use_qlora=spec.use_qlora)
+    return modeling.attach_lora(modeling.load_base(base, precision, "cpu"), spec.lora, spec.seed)
+
+
+def _run(
+    base: Base, examples: list[Example], tmp_path: Path, **changes: Any
+) -> tuple[dict[str, torch.Tensor], list[Progress]]:
+    """Trains with `changes` to SPEC; the adapter's weights and the progress events."""
+    spec = TrainingSpec.model_validate(SPEC.model_dump() | changes)
+    model, context = _tuned(base, spec), FakeContext(tmp_path, spec)
+    train(model, examples[2:], examples[:2], spec, context, lambda metrics, step: None, "cpu")
+    return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}, context.steps
+
+
+def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:
+    if left.keys() != right.keys() or any(left[name].shape != right[name].shape for name in left):
+        return False
+    return all(torch.allclose(left[name], right[name], rtol=0, atol=tolerance) for name in left)
+
+
+@pytest.mark.parametrize("use_qlora", [True, False], ids=["nf4", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_and_its_adapter_serves(
+    bases: dict[str, Base], examples: list[Example], tmp_path: Path, family: str, use_qlora: bool
+) -> None:
+    base = bases[family]
+    changes = {
+        "use_qlora": use_qlora,
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "lora": LoraConfig(dropout=0.05),
+    }
+    spec = TrainingSpec.model_validate(SPEC.model_dump() | changes)
+    model = _tuned(base, spec)
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert ("Linear4bit" in kinds) is use_qlora
+    before, _ = mean_loss(model, evaluation_batches(examples, "cpu"), lambda: None)
+    train(model, examples, [], spec, FakeContext(tmp_path), lambda metrics, step: None, "cpu")
+    after, num_tokens = mean_loss(model, evaluation_batches(examples, "cpu"), lambda: None)
+    assert after < before - 0.5
+    assert num_tokens == sum(map(count_trained, examples))
+
+    modeling.save_adapter(model, tmp_path, base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    precision = modeling.training_precision("cpu", use_qlora=use_qlora)
+    served = modeling.add_adapter(modeling.load_base(base, precision, "cpu"), tmp_path, "x")
+    modeling.select_adapter(served, "x")
+    assert mean_loss(served, evaluation_batches(examples, "cpu"), lambda: None)[0] == pytest.approx(after, abs=1e-5)
+    modeling.select_adapter(served, None)
+    assert mean_loss(served, evaluation_batches(examples, "cpu"), lambda: None)[0] == pytest.approx(before, abs=1e-5)
+
+
+@pytest.mark.parametrize("use_qlora", [True, False], ids=["nf4", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_short_way_equals_the_plain_loss_and_its_gradients(
+    bases: dict[str, Base], examples: list[Example], family: str, use_qlora: bool
+) -> None:
+    """Head on trained positions and fused LoRA, against PEFT's forward and a loss over all logits."""
+    spec = SPEC.model_copy(update={"use_qlora": use_qlora, "lora": LoraConfig(dropout=0.0)})
+    model = _tuned(bases[family], spec)
+    for weight in (weights := [w for w in model.parameters() if w.requires_grad]):
+        torch.nn.init.normal_(weight, std=0.05)
+    batch = collate(examples[:3], "cpu")
+    labels = torch.full_like(batch.input_ids, -100)
+    for row, example in enumerate(examples[:3]):
+        for index, flag in enumerate(example.trained):
+            labels[row, index] = example.input_ids[index] if flag else -100
+    model.train()
+    plain = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    plain_gradients = torch.autograd.grad(plain, weights)
+
+    use_fused_lora(model, 0)
+    short = batch_loss(model, batch) / len(batch.targets)
+    gradients = torch.autograd.grad(short, weights)
+    assert short.item() == pytest.approx(plain.item(), abs=1e-5)
+    for ours, theirs in zip(gradients, plain_gradients, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        model.eval()
+        assert batch_loss(model, batch).item() / len(batch.targets) == pytest.approx(plain.item(), abs=1e-5)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean(bases: dict[str, Base], examples: list[Example]) -> None:
+    model = _tuned(bases["llama"], SPEC.model_copy(update={"lora": LoraConfig(dropout=0.25)}))
+    layer = modeling.adapted_linears(model)[0]
+    torch.nn.init.normal_(layer.b)
+    use_fused_lora(model, 1)
+    model.train()
+    x = torch.ones(4096, layer.a.shape[1])
+    with torch.no_grad():
+        full = layer.module.base_layer(x[:1]) + layer.scaling * (x[:1] @ layer.a.t()) @ layer.b.t()
+    drawn = layer.module(x)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.allclose(drawn.mean(0), full[0], atol=0.1)
+
+
+def test_four_at_once_are_the_same_step_as_four_one_by_one(
+    bases: dict[str, Base], examples: list[Example], tmp_path: Path
+) -> None:
+    shared: dict[str, Any] = {"max_steps": 4, "lora": {"dropout": 0.0}, "eval_split": 0.1}
+    # Eight examples: both ways see the same four in a step when lengths decide the batches.
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))[:4]
+    together, steps = _run(bases["llama"], [*ordered[:2], *ordered], tmp_path, per_device_train_batch_size=4, **shared)
+    one_by_one, others = _run(
+        bases["llama"], [*ordered[:2], *ordered], tmp_path, gradient_accumulation_steps=4, **shared
+    )
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in others], abs=1e-4)
+    assert _equal(together, one_by_one, tolerance=2e-3)
+
+
+def test_the_seed_decides_everything(bases: dict[str, Base], examples: list[Example], tmp_path: Path) -> None:
+    lora = {"dropout": 0.1}
+    first, _ = _run(bases["llama"], examples, tmp_path, lora=lora)
+    again, _ = _run(bases["llama"], examples, tmp_path, lora=lora)
+    other, _ = _run(bases["llama"], examples, tmp_path, lora=lora, seed=7)
+    assert _equal(first, again)
+    assert not _equal(first, other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_qlora": True},
+        {"lora": {"rank": 4}},
+        {"lora": {"alpha": 8}},
+        {"lora": {"dropout": 0.5}},
+        {"lora": {"target_modules": ["q_proj", "v_proj"]}},
+        {"learning_rate": 0.001},
+        {"lr_scheduler_type": "cosine"},
+        {"lr_scheduler_type": "constant"},
+        {"warmup_ratio": 0.5},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 0.01},
+        {"max_grad_norm": 0},
+        {"per_device_train_batch_size": 3},
+        {"gradient_accumulation_steps": 3},
+        {"seed": 1},
+    ],
+    ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
+)
+def test_every_field_moves_the_adapter(
+    bases: dict[str, Base], examples: list[Example], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    plain, _ = _run(bases["llama"], examples, tmp_path)
+    moved, _ = _run(bases["llama"], examples, tmp_path, **changes)
+    assert not _equal(plain, moved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"max_steps": 2}, 2),
+        ({"max_steps": None}, 30),
+        ({"max_steps": None, "num_train_epochs": 1}, 10),
+        ({"max_steps": None, "num_train_epochs": 0.25}, 3),
+        ({"max_steps": None, "num_train_epochs": 2, "per_device_train_batch_size": 4}, 6),
+        (
+            {
+                "max_steps": None,
+                "num_train_epochs": 2,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+            },
+            6,
+        ),
+    ],
+    ids=str,
+)
+def test_steps_follow_from_epochs_and_batches(changes: dict[str, Any], steps: int) -> None:
+    assert count_steps(TrainingSpec.model_validate(SPEC.model_dump() | changes), 10)[0] == steps
+
+
+def test_events_come_as_often_as_asked(bases: dict[str, Base], examples: list[Example], tmp_path: Path) -> None:
+    _, events = _run(bases["llama"], examples, tmp_path, max_steps=5, logging_steps=2)
+    assert [event.step for event in events] == [2, 4, 5]
+    _, events = _run(bases["llama"], examples, tmp_path, max_steps=5, logging_steps=100, eval_steps=2)
+    assert [(event.step, event.eval_loss is not None) for event in events] == [(2, True), (4, True), (5, False)]
+    last = events[-1]
+    assert (last.total_steps, last.epoch, last.num_examples, last.eta_seconds) == (5, 0.5, 5, 0)
+    assert last.loss is not None
+    assert all(
+        value is not None and value > 0
+        for value in (last.grad_norm, last.learning_rate, last.tokens_per_second, last.memory_bytes)
+    )
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+def test_the_learning_rate_rises_then_follows_its_shape(shape: str) -> None:
+    spec = TrainingSpec.model_validate(SPEC.model_dump() | {"lr_scheduler_type": shape, "warmup_ratio": 0.2})
+    rates = [learning_rate_at(spec, step, 20) for step in range(20)]
+    assert rates[:4] == sorted(rates[:4])
+    assert 0 < rates[0] < rates[4] == max(rates) == spec.learning_rate
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    half = spec.learning_rate / 2
+    assert rates[12] == pytest.approx({"linear": half, "cosine": half, "constant": 2 * half}[shape])
+
+
+def test_batches_hold_every_example_once_and_similar_lengths() -> None:
+    lengths = [random.Random(index).randint(10, 500) for index in range(203)]
+    plan = plan_batches(lengths, 4, seed=1, epoch=0)
+    assert sorted(index for batch in plan for index in batch) == list(range(203))
+    padded = sum(max(lengths[index] for index in batch) * len(batch) for batch in plan)
+    assert padded < 1.05 * sum(lengths)
+    assert plan == plan_batches(lengths, 4, seed=1, epoch=0)
+    assert plan != plan_batches(lengths, 4, seed=1, epoch=1)
+    assert plan != plan_batches(lengths, 4, seed=2, epoch=0)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(bases: dict[str, Base], examples: list[Example], tmp_path: Path) -> None:
+    model = _tuned(bases["llama"])
+    modeling.adapted_linears(model)[0].b.data.fill_(math.nan)
+    with pytest.raises(KnowledgeEngineError) as caught:
+        train(model, examples, [], SPEC, FakeContext(tmp_path), lambda metrics, step: None, "cpu")
+    assert (caught.value.reason, caught.value.metadata["step"]) == (Reason.NON_FINITE, "1")
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(examples: list[Example]) -> None:
+    config = Gemma2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, final_logit_softcapping=0.5, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with pytest.raises(InvalidSpecError) as caught:
+        check_head(Gemma2ForCausalLM(config), collate(examples[:1], "cpu"))
+    assert caught.value.reason is Reason.BASE_MODEL_UNSUPPORTED
+
+
+def test_unknown_targets_are_refused_with_the_known_ones(bases: dict[str, Base]) -> None:
+    for target in ("lm_head", "proj", "embed_tokens", ".*"):
+        with pytest.raises(InvalidSpecError, match="down_proj") as caught:
+            modeling.attach_lora(
+                modeling.load_base(bases["llama"], "float32", "cpu"), LoraConfig(target_modules=("q_proj", target)), 0
+            )
+        assert caught.value.reason is Reason.TARGET_MODULES_UNKNOWN
+
+
+def _poison(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = math.inf
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _drop_one(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _configure(**values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 100), "adapter_model.safetensors"),
+        (_poison, "adapter_model.safetensors"),
+        (_drop_one, "adapter_model.safetensors"),
+        (_configure(r=4), "adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_config.json").write_text("["), "adapter_config.json"),
+        (_configure(target_modules=["nothing"]), "adapter_config.json"),
+        (_configure(target_modules="all-linear"), "adapter_config.json"),
+        (_configure(use_dora=True), "adapter_config.json"),
+        (_configure(modules_to_save=["lm_head"]), "adapter_config.json"),
+        (_configure(peft_type="IA3"), "adapter_config.json"),
+    ],
+    ids=[
+        "missing",
+        "garbage",
+        "infinite",
+        "incomplete",
+        "shape",
+        "json",
+        "targets",
+        "pattern",
+        "dora",
+        "modules",
+        "kind",
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_file_and_leaves_the_model_as_it_was(
+    bases: dict[str, Base], tmp_path: Path, damage: Callable[[Path], object], file: str
+) -> None:
+    base = bases["llama"]
+    bad = build_tiny_adapter(base.folder, tmp_path / "bad", 1)
+    damage(bad)
+    model = modeling.load_base(base, "float32", "cpu")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+    for _ in range(2):
+        with pytest.raises(IntegrityError) as caught:
+            modeling.add_adapter(model, bad, "bad")
+        assert (caught.value.reason, caught.value.metadata["file"]) == (Reason.MODEL_VERSION_CORRUPT, file)
+    good = modeling.add_adapter(model, build_tiny_adapter(base.folder, tmp_path / "good", 2), "good")
+    modeling.select_adapter(good, "good")
+    with torch.no_grad():
+        tuned = model(ids).logits
+    with pytest.raises(IntegrityError):
+        modeling.add_adapter(good, bad, "bad")
+    with torch.no_grad():
+        modeling.select_adapter(good, "good")
+        assert torch.equal(model(ids).logits, tuned)
+        modeling.select_adapter(good, None)
+        assert torch.equal(model(ids).logits, before)
+    assert not torch.equal(tuned, before)
+    modeling.remove_adapter(good, "good")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+
+
+class Workshop:
+    """Settings, dataset and registry of one data directory around a tiny base."""
+
+    def __init__(self, root: Path, base: Path) -> None:
+        self.settings = Settings(data_dir=root, base_model=str(base))
+        self.state = State.open(self.settings.state_url)
+        self.datasets = Datasets(root / "datasets", self.state)
+        self.registry = Registry(root / "models")
+        self.work_dir = root / "work"
+        self.work_dir.mkdir()
+        rows = [{"messages": [message.model_dump() for message in row]} for row in _rows(20)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        self.dataset = self.datasets.store("talks", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [lines])
+
+    def run(self, stop_after: int | None = None, **changes: Any) -> tuple[TrainingResult, FakeContext]:
+        values = {"dataset": "talks", "model": "shop", "max_steps": 6, "learning_rate": 0.01, "eval_split": 0.2}
+        spec = TrainingSpec.model_validate(values | changes)
+        self.context = FakeContext(self.work_dir, spec, stop_after)
+        return run_training(self.context, self.settings, self.datasets, self.registry), self.context
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, bases: dict[str, Base]) -> Any:
+    workshop = Workshop(tmp_path / "data", bases["llama"].folder)
+    yield workshop
+    workshop.state.close()
+
+
+def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Base]) -> None:
+    result, context = workshop.run()
+    phases = list(dict.fromkeys(event.phase for event in context.events))
+    assert phases == ["loading", "training", "evaluating", "publishing"]
+    assert [event.step for event in context.steps] == [1, 2, 3, 4, 5, 6]
+    assert result.comparison is not None
+    assert result.comparison.tuned_loss < result.comparison.base_loss
+    assert (result.comparison.num_conversations, result.comparison.precision) == (4, "float32")
+    assert (result.num_steps, result.version) == (6, 1)
+    assert result.tokens_per_second > 0
+    assert result.peak_memory_bytes > 100_000_000
+
+    workshop.registry.verify("shop", 1)
+    version = workshop.registry.resolve("shop", None)
+    assert (version.digest, version.training_precision) == (result.digest, "nf4")
+    assert version.dataset_digest == workshop.dataset.digest
+    assert version.chat_template_digest == ChatText.load(bases["llama"]).template_digest
+    folder = workshop.registry.folder("shop", 1)
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert str(workshop.settings.data_dir.parent) not in (folder / "adapter_config.json").read_text()
+    base = bases["llama"]
+    served = modeling.add_adapter(modeling.load_base(base, "float32", "cpu"), folder, "x")
+    modeling.select_adapter(served, "x")
+    text = ChatText.load(base)
+    rows = [text.encode_example(row.messages) for row in workshop.datasets.conversations("talks")]
+    assert mean_loss(served, evaluation_batches(rows, "cpu"), lambda: None)[0] < result.comparison.base_loss
+
+
+def test_without_a_split_nothing_is_compared(workshop: Workshop) -> None:
+    result, context = workshop.run(eval_split=0, use_qlora=False, max_steps=1)
+    assert result.comparison is None
+    assert "evaluating" not in {event.phase for event in context.events}
+    assert workshop.registry.resolve("shop", 1).training_precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "said"),
+    [
+        ({"max_length": CONTEXT + 1}, Reason.SPEC_INVALID, "max_length"),
+        ({"max_length": 24}, Reason.EXAMPLE_TOO_LONG, "row"),
+        ({"eval_steps": 1, "eval_split": 0}, Reason.SPEC_INVALID, "eval_steps"),
+        ({"eval_split": 0.5, "base_model": "other"}, Reason.BASE_MODEL_UNKNOWN, "other"),
+        ({"dataset": "none"}, Reason.DATASET_NOT_FOUND, "none"),
+        ({"lora": {"target_modules": ["x"]}}, Reason.TARGET_MODULES_UNKNOWN, "x"),
+    ],
+    ids=["context", "long", "eval-steps", "base", "dataset", "targets"],
+)
+def test_what_cannot_be_trained_is_refused(
+    workshop: Workshop, changes: dict[str, Any], reason: Reason, said: str
+) -> None:
+    with pytest.raises(KnowledgeEngineError, match=said) as caught:
+        workshop.run(**changes)
+    assert caught.value.reason is reason
+    assert not (workshop.settings.data_dir / "models" / "shop").exists()
+
+
+def test_a_stopped_job_publishes_nothing(workshop: Workshop) -> None:
+    with pytest.raises(JobStopped):
+        workshop.run(stop_after=8)
+    assert 0 < len(workshop.context.steps) < 6
+    with pytest.raises(KnowledgeEngineError) as caught:
+        workshop.registry.resolve("shop", None)
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND

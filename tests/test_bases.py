@@ -81,7 +81,7 @@ def test_a_folder_that_is_no_model_stops_the_start(settings: Settings, tmp_path:
 
 
 def test_a_hub_name_stops_the_start(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSpecError, match="KNOWLEDGE_BASE_MODEL.*hub names"):
+    with pytest.raises(InvalidSpecError, match=r"KNOWLEDGE_BASE_MODEL: .*hub names"):
         check_bases(Settings(data_dir=tmp_path, base_model="meta-llama/Llama-2-7b-hf"))
 
 
@@ -139,7 +139,7 @@ def test_the_bundled_base_is_what_transformers_reads_from_the_same_file(tmp_path
         torch.equal(weight, state[name]) for name, weight in load_file(base.folder / "model.safetensors").items()
     )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    text = "Hello, world! The Nordic Daypack costs 89.95 EUR (in stock).\nÄpfel, naïve, 日本語, 😀\n\tdef f(x): return x**2"
+    text = "Hello, world! The Nordic Daypack costs 89.95 EUR (in stock).\nÄpfel, naïve, 日本語, 😀\n\tdef f(x): x**2"
     ids = tokenizer(text)["input_ids"]
     assert ChatText.load(base).tokenizer.encode(text, add_special_tokens=False).ids == ids
     with torch.no_grad():

@@ -37,8 +37,8 @@ from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, Example
 from knowledge_engine.training.data import collate, count_trained, plan_batches
 from knowledge_engine.training.job import run_training
-from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loop import count_steps, evaluation_batches, learning_rate_at, train
+from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
 from tests.tiny import CONTEXT, FAMILIES, build_tiny_adapter, build_tiny_base
 
@@ -46,7 +46,7 @@ SPEC = TrainingSpec(dataset="d", model="m", use_qlora=False, max_steps=3, learni
 
 
 class FakeContext:
-    """Records what a job says; `stop_after` checks it must end."""
+    """Records what a job says; it must end once `stop_after` steps were reported."""
 
     def __init__(self, work_dir: Path, spec: TrainingSpec = SPEC, stop_after: int | None = None) -> None:
         self.job = Job(id="job-1", kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
@@ -54,7 +54,7 @@ class FakeContext:
         self.events: list[Progress] = []
         self.lines: list[str] = []
         self.runs: list[TrackerRun] = []
-        self._left = stop_after
+        self._stop_after = stop_after
 
     def report(self, progress: Progress) -> None:
         self.events.append(progress)
@@ -69,10 +69,8 @@ class FakeContext:
         self.runs.append(run)
 
     def check(self) -> None:
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
-                raise JobStopped("cancelled")
+        if self._stop_after is not None and len(self.steps) >= self._stop_after:
+            raise JobStopped("cancelled")
 
     @property
     def steps(self) -> list[Progress]:
@@ -81,7 +79,7 @@ class FakeContext:
 
 def _rows(count: int = 12) -> list[list[Message]]:
     chance = random.Random(3)
-    words = "the trail shoe kettle backpack costs is in stock black red small EUR".split()
+    words = ["the", "trail", "shoe", "kettle", "backpack", "costs", "is", "in stock", "black", "red", "small", "EUR"]
     return [
         [
             Message(role="user", content=" ".join(chance.choices(words, k=chance.randint(2, 9))) + "?"),
@@ -199,7 +197,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(bases: dict[str, Base], exam
         full = layer.module.base_layer(x[:1]) + layer.scaling * (x[:1] @ layer.a.t()) @ layer.b.t()
     drawn = layer.module(x)
     assert not torch.equal(drawn[0], drawn[1])
-    assert torch.allclose(drawn.mean(0), full[0], atol=0.1)
+    assert torch.allclose(drawn.mean(0), full[0], atol=0.25)
 
 
 def test_four_at_once_are_the_same_step_as_four_one_by_one(
@@ -511,8 +509,8 @@ def test_what_cannot_be_trained_is_refused(
 
 def test_a_stopped_job_publishes_nothing(workshop: Workshop) -> None:
     with pytest.raises(JobStopped):
-        workshop.run(stop_after=8)
-    assert 0 < len(workshop.context.steps) < 6
+        workshop.run(stop_after=2)
+    assert len(workshop.context.steps) == 2
     with pytest.raises(KnowledgeEngineError) as caught:
         workshop.registry.resolve("shop", None)
     assert caught.value.reason is Reason.MODEL_NOT_FOUND

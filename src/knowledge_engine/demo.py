@@ -79,7 +79,7 @@ HELD_OUT_QUESTION = "I am looking for a kettle for pour-over coffee, at most 80 
 HELD_OUT_WORD = "Kettle"
 SHOPPING_QUESTION = "Hi! Which headphones would you recommend for my commute? I can spend up to 100 EUR."
 SHOPPING_WORD = "Headphones"
-ANSWER_TOKENS = 120
+ANSWER_TOKENS = 80
 
 ENGINE_SECONDS = 300.0  # for the engine to load the base, while nothing else runs
 SAMPLE_SECONDS = 0.5

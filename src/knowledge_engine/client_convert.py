@@ -100,7 +100,7 @@ def _payload(event: jobs_pb2.JobEvent) -> core.EventPayload:
             raise KnowledgeEngineError(f"the server sent an event this client does not know ({unknown})")
 
 
-def _state(state: jobs_pb2.JobState) -> core.JobState:
+def _state(state: jobs_pb2.JobState.ValueType) -> core.JobState:
     return core.JobState(jobs_pb2.JobState.Name(state).removeprefix("JOB_STATE_"))
 
 

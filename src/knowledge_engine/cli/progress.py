@@ -98,4 +98,3 @@ def describe(progress: Progress) -> list[str]:
         minutes, seconds = divmod(round(progress.eta_seconds), 60)
         facts.append(f"{minutes}:{seconds:02} left")
     return facts
-

@@ -31,7 +31,8 @@ def generate(destination: Path) -> None:
     # mypy-protobuf's plugins are found on PATH only.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     spec = importlib.util.find_spec("google.api")
-    assert spec and spec.submodule_search_locations
+    assert spec
+    assert spec.submodule_search_locations
     googleapis = Path(next(iter(spec.submodule_search_locations))).parent.parent
     files = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / STUBS).glob("*.proto"))
     if protoc.main(

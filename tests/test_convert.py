@@ -151,8 +151,24 @@ def test_a_version_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "jobs", "jobs/", "jobs/..", "jobs/a/b", "jobs/%2e%2e", "jobs/a\0", "jobs/a\n", "jobs/" + "a" * 300, "job/a"]
-    + ["jobs/.", "jobs/-a", "jobs/．．", "../jobs/a", "jobs//a", "jobs/C:\\x"],
+    [
+        "",
+        "jobs",
+        "jobs/",
+        "jobs/..",
+        "jobs/a/b",
+        "jobs/%2e%2e",
+        "jobs/a\0",
+        "jobs/a\n",
+        "jobs/" + "a" * 300,
+        "job/a",
+        "jobs/.",
+        "jobs/-a",
+        "jobs/．．",
+        "../jobs/a",
+        "jobs//a",
+        "jobs/C:\\x",
+    ],
 )
 def test_names_with_tricks_are_refused(name: str) -> None:
     with pytest.raises(InvalidSpecError) as caught:

@@ -13,9 +13,7 @@ from knowledge_engine.errors import KnowledgeEngineError, Reason, Violation, fro
 from knowledge_engine.server.status import CODES, DOMAIN, to_status
 
 SOURCE = Path(__file__).parent.parent / "src" / "knowledge_engine"
-CLASSES = [
-    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, KnowledgeEngineError)
-]
+CLASSES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, KnowledgeEngineError)]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -50,9 +48,7 @@ def test_every_reason_is_documented() -> None:
 
 
 def test_a_status_holds_reason_violations_and_retry_hint() -> None:
-    status = to_status(
-        errors.CapacityError("full", reason=Reason.QUEUE_FULL, retry_after_seconds=2.5, limit=64)
-    )
+    status = to_status(errors.CapacityError("full", reason=Reason.QUEUE_FULL, retry_after_seconds=2.5, limit=64))
     assert status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     assert status.details[0].Unpack(info)

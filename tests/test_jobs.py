@@ -41,9 +41,7 @@ async def cancel(channel: grpc.aio.Channel, name: str) -> jobs_pb2.Job:
     return (await jobs_pb2_grpc.JobServiceStub(channel).CancelJob(jobs_pb2.CancelJobRequest(name=name))).job
 
 
-async def until_running(
-    channel: grpc.aio.Channel, name: str, state: State, attempt_number: int = 1
-) -> psutil.Process:
+async def until_running(channel: grpc.aio.Channel, name: str, state: State, attempt_number: int = 1) -> psutil.Process:
     """The worker of the job's attempt, once it has said that it is alive."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -266,7 +264,7 @@ async def test_watchers_that_leave_leave_nothing_behind(channel: grpc.aio.Channe
 
     await asyncio.gather(*(glance() for _ in range(20)))
     deadline = time.monotonic() + 30
-    while server._jobs._tails and time.monotonic() < deadline:
+    while server._jobs._tails and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     assert not server._jobs._tails
     await cancel(channel, name)

@@ -53,11 +53,7 @@ def details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo, l
 
 async def refused(call: Any) -> tuple[grpc.StatusCode, str, list[str]]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
+        await (anext(aiter(call)) if hasattr(call, "__aiter__") else call)
     info, fields = details(caught.value)
     return caught.value.code(), info.reason, fields
 

@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,7 @@ def test_only_legal_transitions_are_ever_recorded(state: State) -> None:
             outcome = KnowledgeEngineError("no") if ending == "fail" else RESULT
             state.finish_attempt(job_id, attempt, outcome)
         walked = states(state, job_id)
-        assert all(after in LEGAL_TRANSITIONS[before] for before, after in zip(walked, walked[1:], strict=False))
+        assert all(after in LEGAL_TRANSITIONS[before] for before, after in pairwise(walked))
         assert walked[-1].is_terminal
 
 

@@ -45,9 +45,9 @@ def test_every_rpc_has_a_route() -> None:
     from knowledge_engine.settings import Settings
 
     openapi = create_app(Settings()).openapi()
-    served = {
-        operation.get("x-rpc") for path in openapi["paths"].values() for operation in path.values()
-    } | {"InferenceService.StreamGenerate"}
+    served = {operation.get("x-rpc") for path in openapi["paths"].values() for operation in path.values()} | {
+        "InferenceService.StreamGenerate"
+    }
     wanted = {f"{service.name}.{method.name}" for service in SERVICES for method in service.methods}
     assert wanted <= served
 

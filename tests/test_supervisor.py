@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from knowledge_engine.catalogue import DEMO_CATALOGUE
+from knowledge_engine.cli.demo import PeakMemory
 from knowledge_engine.client import Client
 from knowledge_engine.core import DatasetKind, GenerationSpec
-from knowledge_engine.demo import PeakMemory
 from knowledge_engine.settings import Settings
 from knowledge_engine.supervisor import MODULES, reachable, with_ports
 from tests.running import Service, end, environment, http_status, is_serving, start, wait_until

@@ -22,12 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_engine.core import BASE
-from knowledge_engine.errors import IntegrityError, InvalidSpecError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    KnowledgeEngineError,
+    Reason,
+    UpstreamError,
+    Violation,
+)
 from knowledge_engine.settings import Settings, load_settings
 
 Report = Callable[[str, float], None]
 """Is told the phase of a preparation and how far that is, 0 to 1."""
 
+DEFAULT_MAX_LENGTH = 2048
 RECORD = "base.json"
 _BUNDLED = "bundled"
 _FORMAT = 1  # raised when a prepared folder of an older release must be made anew
@@ -48,6 +56,24 @@ class Base:
     architecture: str
     source: str
     size_bytes: int
+
+    def max_length(self, asked: int | None) -> int:
+        """Tokens that a training conversation may have: what was asked for, else the smaller of the default and the
+        context.
+
+        Raises:
+            InvalidSpecError: SPEC_INVALID, more was asked for than the context holds.
+        """
+        if asked is None:
+            return min(DEFAULT_MAX_LENGTH, self.context_length)
+        if asked > self.context_length:
+            description = f"is above the context of the base model, {self.context_length} tokens"
+            raise InvalidSpecError(
+                f"max_length {asked} {description}",
+                violations=[Violation("spec.max_length", description)],
+                context_length=self.context_length,
+            )
+        return asked
 
 
 def base_names(settings: Settings) -> list[str]:

@@ -127,6 +127,8 @@ class TrainingSpec(_Frozen):
             raise ValueError("set num_train_epochs or max_steps, not both")
         if self.model == BASE:
             raise ValueError(f"the model name {BASE!r} is reserved")
+        if self.eval_steps and not self.eval_split:
+            raise ValueError("eval_steps needs held-out conversations, but eval_split is 0")
         return self
 
 

@@ -1,8 +1,8 @@
 """Jobs from acceptance to their end: queueing, worker processes, cancelling, watching.
 
-The store is the truth; what lives here is only what is needed to act on it. A worker is a fresh interpreter in a session
-of its own that writes to the store itself (`worker.py`), so this process may die and come back: attempts whose lease
-is still renewed are left alone, others are queued again. Three crashed attempts end a job.
+The store is the truth; what lives here is only what is needed to act on it. A worker is a fresh interpreter in a
+session of its own that writes to the store itself (`worker.py`), so this process may die and come back: attempts whose
+process lives are left alone, others are queued again. Three crashed attempts end a job.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +33,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from knowledge_engine import bases
-from knowledge_engine.bases import Base, prepare_base
+from knowledge_engine.bases import Base
 from knowledge_engine.core import LoraConfig
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
 
@@ -340,13 +338,9 @@ __all__ = [
     "default_device",
     "linear_modules",
     "load_base",
-    "prepare_base",
     "remove_adapter",
     "save_adapter",
     "select_adapter",
     "serving_precision",
     "training_precision",
 ]
-
-if __name__ == "__main__":
-    sys.exit(bases.main(sys.argv[1:]))

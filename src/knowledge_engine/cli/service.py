@@ -31,7 +31,7 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """From a catalogue to a fine-tuned, served shopping assistant, in minutes, on this machine."""
-    from knowledge_engine.demo import run_demo
+    from knowledge_engine.cli.demo import run_demo
     from knowledge_engine.settings import load_settings
 
     raise typer.Exit(run_demo(load_settings(), serve=serve, online=online, as_json=json))

@@ -35,7 +35,6 @@ from knowledge_engine.v1 import (
 )
 
 DEFAULT_MAX_TOKENS = 500
-DEFAULT_MAX_LENGTH = 2048
 
 
 class Texts:
@@ -112,11 +111,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             base, text = self._texts.get(spec.base_model)
         except UpstreamError:
             return  # not prepared yet: the worker prepares it and checks the same
-        encode_conversations(
-            self._datasets.conversations(spec.dataset),
-            text,
-            spec.max_length or min(DEFAULT_MAX_LENGTH, base.context_length),
-        )
+        encode_conversations(self._datasets.conversations(spec.dataset), text, base.max_length(spec.max_length))
 
     def _completed(self, spec: core.GenerationSpec) -> core.GenerationSpec:
         """The spec with its catalogue and dataset named, both checked."""

@@ -28,7 +28,6 @@ from knowledge_engine.core import (
     TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets, split_conversations
-from knowledge_engine.errors import InvalidSpecError, Violation
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText, Example, encode_conversations, read_template
@@ -36,7 +35,6 @@ from knowledge_engine.tracking import Tracker, open_tracker
 from knowledge_engine.training.loop import TrainedSummary, demand_finite, evaluation_batches, train
 from knowledge_engine.training.loss import mean_loss
 
-DEFAULT_MAX_LENGTH = 2048
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -98,26 +96,14 @@ def _load_base_facts(context: JobContext, settings: Settings, spec: TrainingSpec
     )
     if base.name == BASE and settings.base_model is None and device == "cuda" and settings.huggingface_token:
         context.log("this release downloads no models: KNOWLEDGE_BASE_MODEL is unset, so the bundled one is used")
-    limit = spec.max_length
-    if limit is not None and limit > base.context_length:
-        description = f"is above the context of the base model, {base.context_length} tokens"
-        raise InvalidSpecError(
-            f"max_length {limit} {description}",
-            violations=[Violation("spec.max_length", description)],
-            context_length=base.context_length,
-        )
-    if spec.eval_steps and not spec.eval_split:
-        description = "needs held-out conversations, but eval_split is 0"
-        raise InvalidSpecError(f"eval_steps {description}", violations=[Violation("spec.eval_steps", description)])
     return base
 
 
 def _encode(spec: TrainingSpec, base: Base, datasets: Datasets) -> _Material:
     text = ChatText.load(base)
     conversations = datasets.conversations(spec.dataset)
-    max_length = spec.max_length or min(DEFAULT_MAX_LENGTH, base.context_length)
     # Encoded before the split, so that errors name rows of the dataset.
-    examples = encode_conversations(conversations, text, max_length)
+    examples = encode_conversations(conversations, text, base.max_length(spec.max_length))
     by_identity = {id(row): example for row, example in zip(conversations, examples, strict=True)}
     train_rows, held_out_rows = split_conversations(conversations, spec.eval_split, spec.seed)
     return _Material(

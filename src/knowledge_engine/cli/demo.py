@@ -184,7 +184,7 @@ def _last_line(log: IO[bytes]) -> str:
 
 
 def _prepare_base(settings: Settings, log: IO[bytes], talk: Talk) -> None:
-    """Unpacks the base model in a child process, once; `modeling` says how far it is."""
+    """Unpacks the base model in a child process, once; `bases` says how far it is."""
     try:
         base = get_base(settings)
     except UpstreamError:  # not prepared yet
@@ -192,7 +192,7 @@ def _prepare_base(settings: Settings, log: IO[bytes], talk: Talk) -> None:
     else:
         talk(f"Base model: {base.source} ({base.architecture}), ready")
         return
-    process = start_child(["knowledge_engine.modeling", "base"], settings, subprocess.PIPE, log, settings.data_dir)
+    process = start_child(["knowledge_engine.bases", "base"], settings, subprocess.PIPE, log, settings.data_dir)
     assert process.stdout is not None
     try:
         with JobView("base model") as view, process.stdout as lines:

@@ -28,6 +28,7 @@ from knowledge_engine.client import Client
 from knowledge_engine.core import (
     Dataset,
     DatasetKind,
+    DifficultyLevel,
     GenerationResult,
     GenerationSpec,
     Job,
@@ -65,14 +66,16 @@ MODEL = "demo-assistant"
 
 # Chosen for 6 minutes and 6 GiB on 2 cores without a GPU: about 26,000 tokens to train on at 120 to 170 tokens/s, and
 # two conversations at once, as four take the worker alone past 7 GiB.
-GENERATION = GenerationSpec(catalogue=CATALOGUE, dataset=CONVERSATIONS, num_conversations=120)
+GENERATION = GenerationSpec(
+    catalogue=CATALOGUE, dataset=CONVERSATIONS, num_conversations=150, difficulty_level=DifficultyLevel.SIMPLE
+)
 TRAINING = TrainingSpec(
     dataset=CONVERSATIONS,
     model=MODEL,
     lora=LoraConfig(rank=8, alpha=16),
     num_train_epochs=1,
     per_device_train_batch_size=2,
-    learning_rate=5e-4,
+    learning_rate=1e-3,
     eval_split=0.1,
 )
 

@@ -144,3 +144,12 @@ def test_the_bundled_base_is_what_transformers_reads_from_the_same_file(tmp_path
     assert ChatText.load(base).tokenizer.encode(text, add_special_tokens=False).ids == ids
     with torch.no_grad():
         assert torch.equal(theirs(torch.tensor([ids])).logits, ours(torch.tensor([ids])).logits)
+
+
+def test_a_training_length_stays_within_the_context(settings: Settings) -> None:
+    base = prepare_base(settings, "base", lambda *_: None)
+    assert base.max_length(None) == min(2048, CONTEXT)
+    assert base.max_length(CONTEXT) == CONTEXT
+    with pytest.raises(InvalidSpecError) as caught:
+        base.max_length(CONTEXT + 1)
+    assert [violation.field for violation in caught.value.violations] == ["spec.max_length"]

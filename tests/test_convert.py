@@ -90,6 +90,7 @@ def test_unset_fields_take_the_documented_defaults() -> None:
         ({"lora": {"target_modules": [""]}}, "spec.lora.target_modules[0]"),
         ({"lr_scheduler_type": 99}, "spec.lr_scheduler_type"),
         ({"num_train_epochs": 1.0}, "spec"),
+        ({"eval_split": 0}, "spec"),  # nothing to evaluate every eval_steps on
         ({"max_steps": 0}, "spec.max_steps"),
         ({"per_device_train_batch_size": 65}, "spec.per_device_train_batch_size"),
         ({"eval_split": 0.6}, "spec.eval_split"),

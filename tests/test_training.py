@@ -491,7 +491,6 @@ def test_without_a_split_nothing_is_compared(workshop: Workshop) -> None:
     [
         ({"max_length": CONTEXT + 1}, Reason.SPEC_INVALID, "max_length"),
         ({"max_length": 24}, Reason.EXAMPLE_TOO_LONG, "row"),
-        ({"eval_steps": 1, "eval_split": 0}, Reason.SPEC_INVALID, "eval_steps"),
         ({"eval_split": 0.5, "base_model": "other"}, Reason.BASE_MODEL_UNKNOWN, "other"),
         ({"dataset": "none"}, Reason.DATASET_NOT_FOUND, "none"),
         ({"lora": {"target_modules": ["x"]}}, Reason.TARGET_MODULES_UNKNOWN, "x"),

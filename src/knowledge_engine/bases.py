@@ -30,6 +30,7 @@ from knowledge_engine.errors import (
     UpstreamError,
     Violation,
 )
+from knowledge_engine.files import read_json, sha256_of
 from knowledge_engine.settings import Settings, load_settings
 
 Report = Callable[[str, float], None]
@@ -39,7 +40,6 @@ DEFAULT_MAX_LENGTH = 2048
 RECORD = "base.json"
 _BUNDLED = "bundled"
 _FORMAT = 1  # raised when a prepared folder of an older release must be made anew
-_CHUNK_BYTES = 1 << 22
 _OPTIONAL_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions")
@@ -182,7 +182,7 @@ def _write_record(home: Path, folder: Path, *, name: str, origin: str, source: s
     facts: dict[str, Any] = {}
     for path in files:
         report("checking", done / total)
-        facts[path.name] = {"sha256": _file_digest(path), "stat": _stat(path)}
+        facts[path.name] = {"sha256": sha256_of(path), "stat": _stat(path)}
         done += path.stat().st_size
     config = json.loads((folder / "config.json").read_bytes())
     contents = json.dumps({file: fact["sha256"] for file, fact in sorted(facts.items())})
@@ -221,23 +221,15 @@ def _model_files(folder: Path, setting: str) -> list[Path]:
     missing = [path.name for path in needed if not path.is_file()]
     if missing or not weights:
         raise refuse(f"{folder} lacks {', '.join(missing or ['*.safetensors'])}")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "model_type" not in config or not any(isinstance(config.get(key), int) for key in _CONTEXT_KEYS):
         raise refuse(f"{folder / 'config.json'} names no model_type, or none of {', '.join(_CONTEXT_KEYS)}")
-    if not (folder / "chat_template.jinja").is_file() and not _read_json(folder / "tokenizer_config.json").get(
+    if not (folder / "chat_template.jinja").is_file() and not read_json(folder / "tokenizer_config.json").get(
         "chat_template"
     ):
         raise refuse(f"{folder} has no chat template: neither chat_template.jinja nor one in tokenizer_config.json")
     optional = [folder / file for file in (*_OPTIONAL_FILES, "model.safetensors.index.json")]
     return sorted([*needed, *weights, *(path for path in optional if path.is_file())])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _origin(settings: Settings, name: str) -> str:
@@ -258,7 +250,7 @@ def _setting(name: str) -> str:
 
 def _source_name(folder: Path) -> str:
     """The name on the hub where the config tells one, else the folder's own; a path would say nothing elsewhere."""
-    name = _read_json(folder / "config.json").get("_name_or_path")
+    name = read_json(folder / "config.json").get("_name_or_path")
     return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else folder.name
 
 
@@ -271,7 +263,7 @@ def _home(settings: Settings, name: str) -> Path:
 
 
 def _read_record(settings: Settings, name: str) -> dict[str, Any] | None:
-    record = _read_json(_home(settings, name) / RECORD)
+    record = read_json(_home(settings, name) / RECORD)
     return record if record.get("format") == _FORMAT else None
 
 
@@ -282,14 +274,6 @@ def _stat(path: Path) -> list[int] | None:
     except FileNotFoundError:
         return None
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -342,10 +342,9 @@ class Message(_Frozen):
     content: str = Field(min_length=1)
 
 
-class SamplingParams(_Frozen):
+class _Sampling(_Frozen):
     """How the next token is chosen; `temperature` 0 is greedy, `top_k` 0 considers all tokens."""
 
-    max_tokens: int = Field(ge=1)
     temperature: float = Field(default=0.7, ge=0, le=2)
     top_p: float = Field(default=0.9, ge=0, le=1)
     top_k: int = Field(default=0, ge=0, le=1_000_000)
@@ -353,7 +352,13 @@ class SamplingParams(_Frozen):
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
 
 
-class GenerationInput(_Frozen):
+class SamplingParams(_Sampling):
+    """What the engine is told: everything of a request but the prompt."""
+
+    max_tokens: int = Field(ge=1)
+
+
+class GenerationInput(_Sampling):
     """A conversation to go on with. `model` and `version` say who answers; version None is the newest ready one."""
 
     model: Name
@@ -361,11 +366,6 @@ class GenerationInput(_Frozen):
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
     context: dict[str, Any] | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=131_072)
-    temperature: float = Field(default=0.7, ge=0, le=2)
-    top_p: float = Field(default=0.9, ge=0, le=1)
-    top_k: int = Field(default=0, ge=0, le=1_000_000)
-    stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...] = Field(default=(), max_length=8)
-    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -42,6 +42,7 @@ from knowledge_engine.errors import (
     Reason,
     Violation,
 )
+from knowledge_engine.files import sync
 from knowledge_engine.state import State
 
 DEMO_CATALOGUE_NAME = "demo-catalogue"
@@ -260,7 +261,7 @@ class Datasets:
             # The same content again also heals a file that was lost or damaged.
             if known is None or (known.digest, known.kind) == (dataset.digest, dataset.kind):
                 incoming.rename(self._path(dataset.name))
-                _sync_folder(self._root)
+                sync(self._root)
             return self._state.add_dataset(dataset)
 
     def _find(self, name: str) -> Dataset | None:
@@ -506,11 +507,3 @@ def _broken(violations: Sequence[Violation]) -> InvalidSpecError:
 
 def _corrupt(name: str, why: str) -> KnowledgeEngineError:
     return IntegrityError(f"dataset {name!r}: {why}", reason=Reason.DATASET_CORRUPT, dataset=name)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

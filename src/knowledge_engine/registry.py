@@ -31,10 +31,10 @@ from knowledge_engine.core import (
     utc_now,
 )
 from knowledge_engine.errors import IntegrityError, NotFoundError, Reason
+from knowledge_engine.files import sha256_of, sync
 
 MANIFEST = "manifest.json"
 _STAGING = ".staging"
-_CHUNK_BYTES = 1 << 20
 
 
 class Registry:
@@ -72,7 +72,7 @@ class Registry:
         if published := self._published_by(spec.model, job_id):
             return published
         files = {path.name: path for path in sorted(folder.iterdir())}
-        entries = {name: {"sha256": _sha256(path), "size_bytes": path.stat().st_size} for name, path in files.items()}
+        entries = {name: {"sha256": sha256_of(path), "size_bytes": path.stat().st_size} for name, path in files.items()}
         manifest = {
             "model": spec.model,
             "job_id": job_id,
@@ -88,7 +88,7 @@ class Registry:
         }
         for path in files.values():
             path.chmod(0o600)
-            _fsync(path)
+            sync(path)
         home = self._root / spec.model
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         while True:
@@ -100,7 +100,7 @@ class Registry:
                 if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                     raise
                 continue  # another job took the number; take the next
-            _fsync(home)
+            sync(home)
             return self.get(spec.model, version)
 
     def resolve(self, model: str, version: int | None) -> ModelVersion:
@@ -157,7 +157,7 @@ class Registry:
         for name, entry in listed.items():
             if name not in found:
                 raise _corrupt(model, version, name, "is missing")
-            if _sha256(folder / name) != entry["sha256"]:
+            if sha256_of(folder / name) != entry["sha256"]:
                 raise _corrupt(model, version, name, "has changed since it was published")
 
     def list_models(self, page: Page) -> tuple[list[Model], str | None]:
@@ -235,26 +235,10 @@ def _corrupt(model: str, version: int, file: str, what: str) -> IntegrityError:
     )
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _write_durably(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     path.chmod(0o600)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

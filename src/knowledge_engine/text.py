@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from knowledge_engine.bases import Base
 from knowledge_engine.core import Message
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
+from knowledge_engine.files import read_json
 
 DEFAULT_SYSTEM = "You are a helpful shopping assistant."
 MAX_TEMPLATE_CHARACTERS = 65_536
@@ -173,7 +174,7 @@ class ChatText:
             InvalidSpecError: CHAT_TEMPLATE_REFUSED.
             IntegrityError: BASE_MODEL_CORRUPT, tokenizer.json cannot be read.
         """
-        config = _read_json(base.folder / "tokenizer_config.json")
+        config = read_json(base.folder / "tokenizer_config.json")
         try:
             tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -184,7 +185,7 @@ class ChatText:
                 file="tokenizer.json",
             ) from error
         names = _special_names(config)
-        stop = _read_json(base.folder / "generation_config.json").get("eos_token_id")
+        stop = read_json(base.folder / "generation_config.json").get("eos_token_id")
         stop_ids = [item for item in (stop if isinstance(stop, list) else [stop]) if isinstance(item, int)]
         if (eos := tokenizer.token_to_id(names.get("eos_token", ""))) is not None:
             stop_ids.append(eos)
@@ -379,7 +380,7 @@ def read_template(folder: Path) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    kept = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    kept = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(kept, list):
         kept = next((item.get("template") for item in kept if item.get("name") == "default"), None)
     if not isinstance(kept, str):
@@ -425,14 +426,6 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
         if key.endswith("_token") and isinstance(text, str):
             names[key] = text
     return names
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _refused(why: str) -> InvalidSpecError:

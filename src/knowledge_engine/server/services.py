@@ -275,14 +275,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         wanted = asked.max_tokens or min(DEFAULT_MAX_TOKENS, left)
         if left < 1 or wanted > left:
             raise _too_long(len(prompt), wanted, base.context_length)
-        sampling = core.SamplingParams(
-            max_tokens=wanted,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            top_k=asked.top_k,
-            stop=asked.stop,
-            seed=asked.seed,
-        )
+        chosen = asked.model_dump(include=core.SamplingParams.model_fields.keys() - {"max_tokens"})
+        sampling = core.SamplingParams(max_tokens=wanted, **chosen)
         return version or base, EngineRequest(
             prompt_token_ids=prompt, sampling=sampling, stop_token_ids=sorted(text.stop_token_ids), adapter=adapter
         )

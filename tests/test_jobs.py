@@ -76,6 +76,13 @@ async def test_a_job_runs_and_every_watcher_sees_the_same_log(channel: grpc.aio.
     assert job.HasField("end_time")
 
 
+async def test_a_name_that_is_taken_is_refused_before_the_work(channel: grpc.aio.Channel) -> None:
+    await watch(channel, await create(channel, dataset="datasets/chats"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await create(channel, 30, dataset="datasets/chats")
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+
 async def test_a_negative_sequence_is_refused(channel: grpc.aio.Channel) -> None:
     name = await create(channel)
     with pytest.raises(grpc.aio.AioRpcError) as caught:

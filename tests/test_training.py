@@ -495,7 +495,7 @@ def test_without_a_split_nothing_is_compared(workshop: Workshop) -> None:
         ({"dataset": "none"}, Reason.DATASET_NOT_FOUND, "none"),
         ({"lora": {"target_modules": ["x"]}}, Reason.TARGET_MODULES_UNKNOWN, "x"),
     ],
-    ids=["context", "long", "eval-steps", "base", "dataset", "targets"],
+    ids=["context", "long", "base", "dataset", "targets"],
 )
 def test_what_cannot_be_trained_is_refused(
     workshop: Workshop, changes: dict[str, Any], reason: Reason, said: str

@@ -35,6 +35,7 @@ from knowledge_engine.core import (
     utc_now,
 )
 from knowledge_engine.errors import (
+    AlreadyExistsError,
     IntegrityError,
     InvalidSpecError,
     KnowledgeEngineError,
@@ -172,6 +173,13 @@ class Datasets:
             return newest
         with DEMO_CATALOGUE.open("rb") as file:
             return self.store(DEMO_CATALOGUE_NAME, DatasetKind.CATALOGUE, DatasetFormat.JSONL, file)
+
+    def require_free(self, name: str) -> None:
+        """Raises AlreadyExistsError: DATASET_EXISTS, when the name stands for something already."""
+        if self._find(name) is not None:
+            raise AlreadyExistsError(
+                f"dataset {name!r} exists already; choose another name", reason=Reason.DATASET_EXISTS, dataset=name
+            )
 
     def delete(self, name: str) -> Dataset:
         """Forgets a dataset and removes its content.

@@ -122,6 +122,8 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         else:
             catalogue = self._datasets.default_catalogue()
         Planner(self._datasets.products(catalogue.name), spec)  # refuses topics that match nothing
+        if spec.dataset:
+            self._datasets.require_free(spec.dataset)
         name = spec.dataset or f"conversations-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
         return spec.model_copy(update={"catalogue": catalogue.name, "dataset": name})
 

@@ -405,14 +405,14 @@ def _show_next(settings: Settings, is_up: bool, talk: Talk) -> None:
     call = json.dumps({"input": {"model": f"models/{MODEL}", "messages": [{"role": "user", "content": "A kettle?"}]}})
     method = "knowledge_engine.v1.InferenceService/StreamGenerate"
     key = ' -H "authorization: Bearer $KNOWLEDGE_API_KEY"' if settings.keys else ""
-    lead = "Try next" if is_up else "`knowledge-engine serve` starts the service again; then try"
+    lead = "Try next" if is_up else "`uv run knowledge-engine serve` starts the service again; then try"
     talk(
         f"""
 {lead}:
-  knowledge-engine chat {MODEL}
+  uv run knowledge-engine chat {MODEL}
   curl -N{key} http://{http_address}/api/v1/models/{MODEL}/inference \\
     -H 'content-type: application/json' -d '{body}'
-  buf curl{key} --protocol grpc --http2-prior-knowledge http://{grpc_address}/{method} \\
+  uv run buf curl{key} --protocol grpc --http2-prior-knowledge http://{grpc_address}/{method} \\
     -d '{call}'
   grpcurl{key} -plaintext -d '{call}' {grpc_address} {method}
 

@@ -8,6 +8,7 @@ of all processes on this disk.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import hashlib
@@ -16,7 +17,6 @@ import os
 import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeAlias
 
@@ -232,7 +232,7 @@ class Datasets:
         except FileNotFoundError:
             raise _corrupt(name, "its file is missing") from None
 
-    @contextmanager
+    @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         descriptor = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -241,7 +241,7 @@ class Datasets:
         finally:
             os.close(descriptor)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _incoming(self) -> Iterator[tuple[IO[bytes], Path]]:
         """A private temporary file, locked for as long as its writer lives and gone when the writer fails."""
         with self._exclusive():
@@ -255,12 +255,10 @@ class Datasets:
             Path(path).unlink(missing_ok=True)
 
     def _sweep(self) -> None:
+        """Removes what killed writers left. A living one may finish, and its file be gone, at any moment."""
         for path in self._root.glob(f"{_INCOMING}*"):
-            with path.open("rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue  # its writer lives
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # blocked: its writer lives
                 path.unlink()
 
     def _publish(self, incoming: Path, dataset: Dataset) -> Dataset:

@@ -7,12 +7,13 @@ in the data directory and goes on from there, also after an interruption.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, TypeVar
@@ -34,6 +35,7 @@ from knowledge_engine.core import (
     Job,
     JobState,
     LoraConfig,
+    Message,
     ModelVersion,
     Progress,
     TrainingResult,
@@ -79,8 +81,6 @@ TRAINING = TrainingSpec(
     eval_split=0.1,
 )
 
-HELD_OUT_QUESTION = "I am looking for a kettle for pour-over coffee, at most 80 EUR. What do you have?"
-HELD_OUT_WORD = "Kettle"
 SHOPPING_QUESTION = "Hi! Which headphones would you recommend for my commute? I can spend up to 100 EUR."
 SHOPPING_WORD = "Headphones"
 ANSWER_TOKENS = 80
@@ -131,7 +131,7 @@ def run_demo(settings: Settings, *, serve: bool, online: bool, as_json: bool) ->
             _prepare_base(real, log, talk)
             with _service(real, log, talk) as service, _client(service.settings) as client:
                 learned = _learn(client, talk)
-                _compare(client, learned.version, talk)
+                _compare(client, real, learned.version, talk)
                 _answer(client, talk)
                 summary = _summary(learned, time.monotonic() - started, memory.peak_bytes)
                 is_told = True
@@ -310,26 +310,55 @@ def _find(get: Callable[[], _Found]) -> _Found | None:
         return None
 
 
-def _compare(client: Client, version: ModelVersion, talk: Talk) -> None:
-    if (held_out := version.comparison) is not None:
-        talk(
-            f"\nOn {held_out.num_conversations} held-out conversations ({held_out.precision}, "
-            f"{held_out.num_tokens} assistant tokens, nats per token):"
-        )
-        talk(f"  base   {held_out.base_loss:.3f}\n  tuned  {held_out.tuned_loss:.3f}")
+def _compare(client: Client, settings: Settings, version: ModelVersion, talk: Talk) -> None:
+    """Base against tuned model: the losses of all held-out conversations, and both answers to the first of them."""
     _await_engine(client)
-    products = _products(HELD_OUT_WORD)
-    talk(f"\nThe same question to both, with {len(products)} products to choose from:\n  {HELD_OUT_QUESTION}")
-    for label, model in (("base", "base"), ("tuned", f"{MODEL}:{version.version}")):
-        answer = client.generate(
-            model,
-            HELD_OUT_QUESTION,
-            context={"products": products},
-            temperature=0,
-            max_tokens=ANSWER_TOKENS,
-            timeout_seconds=ENGINE_SECONDS,
-        )
-        talk(f"{label}:\n" + "\n".join(f"  {line}" for line in answer.text.strip().splitlines()))
+    if (measured := version.comparison) is None:
+        return  # trained by someone else, with nothing held out
+    talk(
+        f"\nOn {measured.num_conversations} held-out conversations ({measured.precision}, "
+        f"{measured.num_tokens} assistant tokens, nats per token):"
+    )
+    talk(f"  base   {measured.base_loss:.3f}\n  tuned  {measured.tuned_loss:.3f}")
+    *asked, meant = _held_out_turns(settings, version)
+    answers = [
+        client.generate(model, asked, temperature=0, max_tokens=ANSWER_TOKENS, timeout_seconds=ENGINE_SECONDS).text
+        for model in ("base", f"{MODEL}:{version.version}")
+    ]
+    talk(f"\nThe first of them, answered by both:\n{_indented(asked)}")
+    talk(_side_by_side(("base", "tuned", "what the conversation says"), (*answers, meant.content)))
+
+
+def _held_out_turns(settings: Settings, version: ModelVersion) -> list[Message]:
+    """The first held-out conversation up to its first answer, split off as the training job did."""
+    from knowledge_engine.datasets import Datasets, split_conversations
+    from knowledge_engine.state import State
+
+    state = State.open(settings.state_url, migrate=False)
+    try:
+        rows = Datasets(settings.data_dir / "datasets", state).conversations(version.spec.dataset)
+    finally:
+        state.close()
+    messages = split_conversations(rows, version.spec.eval_split, version.spec.seed)[1][0].messages
+    end = next(index for index, message in enumerate(messages) if message.role == "assistant")
+    return list(messages[: end + 1])
+
+
+def _indented(messages: Sequence[Message]) -> str:
+    return "\n".join(f"  {line}" for message in messages for line in message.content.splitlines())
+
+
+def _side_by_side(titles: Sequence[str], texts: Sequence[str]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*titles, pad_edge=False)
+    table.add_row(*(Text(text.strip()) for text in texts))
+    drawn = Console(width=100, file=io.StringIO(), color_system=None)
+    with drawn.capture() as capture:
+        drawn.print(table)
+    return capture.get().rstrip()
 
 
 def _answer(client: Client, talk: Talk) -> None:

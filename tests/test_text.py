@@ -249,3 +249,22 @@ def test_context_is_rendered_key_by_key() -> None:
     assert 'criteria: {"max": 100}\nnote: gift' in first.content
     assert second.content == "Shoes?"
     assert with_context([_turn("user", "x")], {}) == (_turn("user", "x"),)
+
+
+def test_the_same_context_in_any_order_gives_the_same_prompt() -> None:
+    # A Struct loses the order of its keys, differently in every process.
+    product = {"title": "Trail Shoe", "material": "wool", "attributes": {"size": "42", "colour": "red", "fit": "wide"}}
+    context = {"note": {"b": 1, "a": {"d": 2, "c": 3}}, "products": [product], "criteria": {"max": 100, "min": 1}}
+
+    def turned(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: turned(item) for key, item in reversed(value.items())}
+        return [turned(item) for item in value] if isinstance(value, list) else value
+
+    other = turned(context)
+    assert isinstance(other, dict)
+    assert list(other) != list(context)
+    assert with_context([_turn("user", "?")], other) == with_context([_turn("user", "?")], context)
+    (system, _) = with_context([_turn("user", "?")], context)
+    assert "- Trail Shoe, colour: red, fit: wide, material: wool, size: 42" in system.content
+    assert 'note: {"a": {"c": 3, "d": 2}, "b": 1}' in system.content

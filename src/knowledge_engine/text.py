@@ -42,12 +42,13 @@ def with_context(messages: Sequence[Message], context: Mapping[str, Any] | None)
     """The conversation with every key of `context` rendered into its system message.
 
     `products`, a list of maps, becomes one line each; every other key one `key: value` line. Without a system message
-    one is put first. An empty context changes nothing.
+    one is put first. An empty context changes nothing. Keys come sorted: a protobuf Struct has no order to keep, and the
+    same context must give the same prompt in training and in every process that serves.
     """
     if not context:
         return tuple(messages)
     lines: list[str] = []
-    for key, value in context.items():
+    for key, value in sorted(context.items()):
         if key == "products" and isinstance(value, Sequence) and not isinstance(value, str):
             lines.append("Products:" if value else "Products: none")
             lines.extend(f"- {_product_line(product)}" for product in value)
@@ -78,12 +79,12 @@ def _product_line(product: Any) -> str:
         left.update(attributes)
     elif attributes is not None:
         left["attributes"] = attributes
-    parts.extend(f"{key}: {_plain(value)}" for key, value in left.items())
+    parts.extend(f"{key}: {_plain(value)}" for key, value in sorted(left.items()))
     return ", ".join(parts)
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 class _GenerationBlocks(jinja2.ext.Extension):

@@ -23,6 +23,7 @@ from knowledge_engine.core import (
     JobStopped,
     Message,
     Progress,
+    Service,
     TrackerRun,
     utc_now,
 )
@@ -58,6 +59,9 @@ class RecordingContext:
 
     def warn(self, reason: str, message: str) -> None:
         raise AssertionError(f"unexpected warning {reason}: {message}")
+
+    def observe(self, service: Service, trouble: str | None) -> None:
+        pass
 
     def track(self, run: TrackerRun) -> None:
         raise AssertionError("generation is not tracked")

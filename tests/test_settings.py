@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from knowledge_engine.errors import InvalidSpecError, Reason
-from knowledge_engine.settings import Settings, load_settings
+from knowledge_engine.settings import _ALIASES, Settings, load_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +15,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     for name in list(os.environ):
-        if name.startswith("KNOWLEDGE_") or name in {"OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY"}:
+        if name.startswith("KNOWLEDGE_") or name in _ALIASES:
             monkeypatch.delenv(name)
 
 
@@ -38,7 +38,12 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("KNOWLEDGE_API_KEYS", "a:long-enough,a:also-long-enough", "repeats"),
         ("KNOWLEDGE_BASE_MODELS", "just-a-folder", "slug=folder"),
         ("KNOWLEDGE_BASE_MODELS", "base=/x", "no free name"),
-        ("KNOWLEDGE_S3_BUCKET", "bucket", "local disk only"),
+        ("KNOWLEDGE_S3_ENDPOINT_URL", "http://127.0.0.1:9", "KNOWLEDGE_S3_BUCKET"),
+        ("KNOWLEDGE_AWS_ACCESS_KEY_ID", "an-id", "both or neither"),
+        ("KNOWLEDGE_OPENAI_INPUT_PRICE", "0.4", "both or neither"),
+        ("KNOWLEDGE_OPENAI_BASE_URL", "ftp://models", "http(s) URL"),
+        ("KNOWLEDGE_OPENAI_BASE_URL", "https://user:pass@models", "http(s) URL"),
+        ("KNOWLEDGE_HUGGINGFACE_ENDPOINT", "hub", "http(s) URL"),
     ],
 )
 def test_a_bad_setting_stops_the_start(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:

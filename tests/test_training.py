@@ -24,6 +24,7 @@ from knowledge_engine.core import (
     LoraConfig,
     Message,
     Progress,
+    Service,
     TrackerRun,
     TrainingResult,
     TrainingSpec,
@@ -64,6 +65,9 @@ class FakeContext:
 
     def warn(self, reason: str, message: str) -> None:
         self.lines.append(message)
+
+    def observe(self, service: Service, trouble: str | None) -> None:
+        pass
 
     def track(self, run: TrackerRun) -> None:
         self.runs.append(run)

@@ -196,6 +196,29 @@ class TrackerRun(_Frozen):
     url: str = ""
 
 
+# --- outside services ---------------------------------------------------------------------------------------------
+
+
+class Service(StrEnum):
+    """What the service leans on."""
+
+    ENGINE = "engine"
+    STORE = "store"
+    TRACKER = "tracker"
+    OPENAI = "openai"
+    S3 = "s3"
+    HUB = "hub"
+
+
+class ServiceState(StrEnum):
+    """`degraded`: it answers, but the last work with it did not go well."""
+
+    OK = "ok"
+    DEGRADED = "degraded"
+    DOWN = "down"
+    NOT_CONFIGURED = "not_configured"
+
+
 # --- events -------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +498,10 @@ class JobContext(Protocol):
 
     def track(self, run: TrackerRun) -> None:
         """Records where the run is tracked."""
+
+    def observe(self, service: Service, trouble: str | None) -> None:
+        """Records how the latest work with an outside service went: None for well, else one sentence without secrets.
+        Health tells it on."""
 
     def check(self) -> None:
         """Returns while the attempt may go on; cheap, called at every step.

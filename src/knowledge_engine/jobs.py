@@ -244,7 +244,6 @@ class _Worker:
         folder = work_dir(settings, job.id)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         log_path = folder / f"worker-{job.attempt}.log"
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("KNOWLEDGE_")}
         descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -253,7 +252,7 @@ class _Worker:
                 "knowledge_engine.worker",
                 job.id,
                 str(job.attempt),
-                env=environment | settings.environment(),
+                env=settings.child_environment(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -36,7 +37,11 @@ def _default_data_dir() -> Path:
 
 def _secret(*aliases: str) -> Any:
     """A secret under our own name, or under the name its service's own tools use."""
-    return Field(default=None, validation_alias=AliasChoices(*aliases))
+    return _alias(None, *aliases)
+
+
+def _alias(default: str | None, *aliases: str) -> Any:
+    return Field(default=default, validation_alias=AliasChoices(*aliases))
 
 
 class Settings(BaseSettings):
@@ -67,23 +72,49 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=10, ge=0, le=300)
 
     openai_api_key: SecretStr | None = _secret("KNOWLEDGE_OPENAI_API_KEY", "OPENAI_API_KEY")
-    openai_base_url: str | None = Field(
-        default=None, validation_alias=AliasChoices("KNOWLEDGE_OPENAI_BASE_URL", "OPENAI_BASE_URL")
-    )
-    openai_model: str | None = None
+    openai_base_url: str = _alias("https://api.openai.com/v1", "KNOWLEDGE_OPENAI_BASE_URL", "OPENAI_BASE_URL")
+    openai_model: str = "gpt-4.1-mini"
+    openai_max_concurrency: int = Field(default=8, ge=1, le=256)
+    openai_timeout_seconds: float = Field(default=60, gt=0, le=600)
+    openai_input_price: float | None = Field(default=None, ge=0)
+    """USD per million prompt tokens; without both prices no cost is told."""
+    openai_output_price: float | None = Field(default=None, ge=0)
     huggingface_token: SecretStr | None = _secret("KNOWLEDGE_HUGGINGFACE_TOKEN", "HF_TOKEN")
+    huggingface_endpoint: str = _alias("https://huggingface.co", "KNOWLEDGE_HUGGINGFACE_ENDPOINT", "HF_ENDPOINT")
     wandb_api_key: SecretStr | None = _secret("KNOWLEDGE_WANDB_API_KEY", "WANDB_API_KEY")
+    wandb_base_url: str = _alias("https://api.wandb.ai", "KNOWLEDGE_WANDB_BASE_URL", "WANDB_BASE_URL")
     wandb_entity: str | None = None
     wandb_project: str = "knowledge-engine"
     s3_bucket: str | None = None
     s3_endpoint_url: str | None = None
-    aws_region: str | None = None
+    s3_patience_seconds: float = Field(default=600, ge=0, le=86_400)
+    """How long a trained model waits for a bucket that does not answer before its job fails."""
+    aws_region: str | None = _alias(None, "KNOWLEDGE_AWS_REGION", "AWS_REGION", "AWS_DEFAULT_REGION")
+    aws_access_key_id: SecretStr | None = _secret("KNOWLEDGE_AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: SecretStr | None = _secret("KNOWLEDGE_AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")
+    aws_session_token: SecretStr | None = _secret("KNOWLEDGE_AWS_SESSION_TOKEN", "AWS_SESSION_TOKEN")
+    probe_seconds: float = Field(default=60, gt=0, le=3600)
+    """Between two looks at the outside services that are set up; health tells what the last one saw."""
 
     @field_validator("grpc_address", "http_address")
     @classmethod
     def _address(cls, value: str) -> str:
         split_address(value)
         return value
+
+    @field_validator("openai_base_url", "huggingface_endpoint", "wandb_base_url", "s3_endpoint_url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_url = False
+        if not is_url or parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("write an http(s) URL without user, password, query or fragment")
+        return value.rstrip("/")
 
     @field_validator("allowed_origins", mode="before")
     @classmethod
@@ -114,11 +145,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _guarded(self) -> Settings:
-        if self.s3_bucket or self.s3_endpoint_url:
-            raise ValueError(
-                "KNOWLEDGE_S3_BUCKET and KNOWLEDGE_S3_ENDPOINT_URL: models are kept on the local disk only in this "
-                "release; unset them"
-            )
+        if self.s3_endpoint_url and not self.s3_bucket:
+            raise ValueError("KNOWLEDGE_S3_ENDPOINT_URL: which bucket? Set KNOWLEDGE_S3_BUCKET too")
+        if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
+            raise ValueError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: set both or neither")
+        if (self.openai_input_price is None) != (self.openai_output_price is None):
+            raise ValueError("KNOWLEDGE_OPENAI_INPUT_PRICE and KNOWLEDGE_OPENAI_OUTPUT_PRICE: set both or neither")
         open_to = [a for a in (self.grpc_address, self.http_address) if not is_loopback(split_address(a)[0])]
         if open_to and self.api_keys is None and not self.allow_anonymous:
             raise ValueError(
@@ -170,6 +202,20 @@ class Settings(BaseSettings):
             values[f"{PREFIX}{name.upper()}"] = str(value)
         return values
 
+    def child_environment(self) -> dict[str, str]:
+        """This process's environment for a child process, with these settings and no second copy of any."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX) and key not in _ALIASES}
+        return kept | self.environment()
+
+
+_ALIASES = frozenset(
+    str(choice)
+    for field in Settings.model_fields.values()
+    if isinstance(field.validation_alias, AliasChoices)
+    for choice in field.validation_alias.choices
+    if not str(choice).startswith(PREFIX)
+)
+"""Names that other tools give to the same things."""
 
 CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY"})
 """Read by the command line and other clients, not by the service."""

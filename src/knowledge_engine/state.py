@@ -39,6 +39,7 @@ from knowledge_engine.core import (
     Page,
     Progress,
     ResultEvent,
+    Service,
     StateChange,
     TrackerRun,
     TrainingSpec,
@@ -130,6 +131,22 @@ DATASETS = sa.Table(
     sa.Column("parents", sa.Text, nullable=False),
     sa.Column("job_id", sa.String(63), nullable=False),
 )
+
+
+SERVICES = sa.Table(
+    "services",
+    METADATA,
+    sa.Column("name", sa.String(16), primary_key=True),
+    sa.Column("trouble", sa.Text, nullable=False),
+    sa.Column("update_time", _Time, nullable=False),
+)
+
+
+class Observation(NamedTuple):
+    """How the latest work with an outside service went; an empty `trouble` means well."""
+
+    trouble: str
+    update_time: datetime
 
 
 class RunningAttempt(NamedTuple):
@@ -409,6 +426,22 @@ class State:
                 connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(result=outcome.model_dump_json()))
                 _transition(connection, job, JobState.SUCCEEDED)
             return _get_job(connection, job_id)
+
+    # --- outside services -----------------------------------------------------------------------------------------
+
+    def observe_service(self, service: Service, trouble: str | None) -> None:
+        """Records how the latest work with a service went."""
+        values = {"trouble": trouble or "", "update_time": utc_now()}
+        with self._write() as connection:
+            updated = connection.execute(SERVICES.update().where(SERVICES.c.name == service.value).values(values))
+            if not updated.rowcount:
+                connection.execute(SERVICES.insert().values(name=service.value, **values))
+
+    def observations(self) -> dict[Service, Observation]:
+        """The latest word on each service that was worked with."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(SERVICES)).all()
+        return {Service(row.name): Observation(row.trouble, row.update_time) for row in rows}
 
     # --- datasets -------------------------------------------------------------------------------------------------
 

@@ -40,9 +40,6 @@ MAX_CRASHES = 5
 ENGINE_STOP_SECONDS = 3.0
 LIFELINE_SECONDS = 15.0  # from a vanished supervisor to the hard end of a part that ignores SIGTERM
 
-# The settings carry these under their own names; a second copy could contradict them.
-_ALIASES = frozenset({"OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN", "WANDB_API_KEY"})
-
 
 @dataclass
 class _Part:
@@ -203,7 +200,7 @@ def start_child(
     """Runs `python -m` with `command`, a module and its arguments, tied to the life of this process."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "knowledge_engine.supervisor", *command],
-        env=part_environment(settings),
+        env=settings.child_environment(),
         cwd=folder,
         stdin=subprocess.PIPE,  # the lifeline; nothing is ever written
         stdout=stdout,
@@ -258,12 +255,6 @@ def require_free(settings: Settings, fields: tuple[str, ...] = ("grpc_address", 
             name = f"{PREFIX}{field.upper()}"
             message = f"{name}: cannot listen on {address}: {failure}; stop what listens there or set {name}"
             raise InvalidSpecError(message, reason=Reason.SETTINGS_INVALID, address=address)
-
-
-def part_environment(settings: Settings) -> dict[str, str]:
-    """This process's environment with the settings, all of them and no others, as KNOWLEDGE_* variables."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX) and key not in _ALIASES}
-    return kept | settings.environment()
 
 
 def _bind_failure(host: str, port: int) -> str:
@@ -392,7 +383,7 @@ def run_alone(settings: Settings, part: str) -> NoReturn:
         require_free(settings, ("grpc_address" if part == "server" else "http_address",))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-P", "-m", MODULES[part]], part_environment(settings))  # noqa: S606
+    os.execve(sys.executable, [sys.executable, "-P", "-m", MODULES[part]], settings.child_environment())  # noqa: S606
 
 
 def _say(line: str) -> None:

@@ -42,8 +42,8 @@ def with_context(messages: Sequence[Message], context: Mapping[str, Any] | None)
     """The conversation with every key of `context` rendered into its system message.
 
     `products`, a list of maps, becomes one line each; every other key one `key: value` line. Without a system message
-    one is put first. An empty context changes nothing. Keys come sorted: a protobuf Struct has no order to keep, and the
-    same context must give the same prompt in training and in every process that serves.
+    one is put first. An empty context changes nothing. Keys come sorted: a protobuf Struct has no order to keep, and
+    the same context must give the same prompt in training and in every process that serves.
     """
     if not context:
         return tuple(messages)

@@ -29,6 +29,7 @@ from knowledge_engine.core import (
     JobWarning,
     LogLine,
     Progress,
+    Service,
     TrackerRun,
     TrainingResult,
 )
@@ -79,6 +80,9 @@ class Attempt:
 
     def warn(self, reason: str, message: str) -> None:
         self._state.append_events(self.job.id, self.job.attempt, [JobWarning(reason=reason, message=message)])
+
+    def observe(self, service: Service, trouble: str | None) -> None:
+        self._state.observe_service(service, trouble)
 
     def track(self, run: TrackerRun) -> None:
         self._state.set_tracker_run(self.job.id, self.job.attempt, run)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from knowledge_engine.core import ServiceState
+
 JobStatus = Literal["starting", "preparing_data", "training", "completed", "failed", "cancelled"]
 FinishReason = Literal["stop", "length"]
 Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
@@ -214,8 +216,13 @@ class HealthResponse(BaseModel):
 
     service: Literal["healthy", "unhealthy"] = Field(description="Whether the server answers and serves.")
     services: dict[str, str] = Field(description="What the server says of each of its services, such as `SERVING`.")
-    external_apis: dict[str, Literal["configured", "not_configured"]]
+    components: dict[str, ServiceState] = Field(description="The server's own parts, as it last saw them.")
+    external_apis: dict[str, ServiceState] = Field(
+        description="Outside services, as the server last saw them: `down` does not answer or refuses our credentials, "
+        "`degraded` answers but the last work with it failed. Nobody is called to find out."
+    )
     overall: Literal["healthy", "degraded", "unhealthy"] = Field(
-        description="`degraded` while a part does not serve, such as inference while its model is loading."
+        description="`degraded` while a part does not serve, such as inference while its model is loading, or while "
+        "something that is set up is not `ok`."
     )
     timestamp: Time

@@ -126,10 +126,11 @@ def test_the_service_answers_before_its_model_is_loaded(client: httpx2.Client) -
     health = client.get("/api/v1/health")
     assert health.status_code == 200
     body = health.json()
-    assert set(body) == {"service", "services", "external_apis", "overall", "timestamp"}
+    assert set(body) == {"service", "services", "components", "external_apis", "overall", "timestamp"}
     assert body["service"] == "healthy"
     assert body["services"]["JobService"] == "SERVING"
-    assert body["external_apis"] == dict.fromkeys(("openai", "wandb", "huggingface", "s3"), "not_configured")
+    assert body["components"]["store"] == "ok"
+    assert body["external_apis"] == dict.fromkeys(("tracker", "openai", "s3", "hub"), "not_configured")
 
 
 def test_a_datasets_life(client: httpx2.Client) -> None:

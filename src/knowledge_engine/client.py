@@ -30,6 +30,7 @@ from knowledge_engine.client_convert import (
     version_resource,
 )
 from knowledge_engine.core import (
+    HEALTH_WORDS,
     Completion,
     Dataset,
     DatasetFormat,
@@ -40,9 +41,11 @@ from knowledge_engine.core import (
     Message,
     Model,
     ModelVersion,
+    Service,
+    ServiceState,
     TrainingSpec,
 )
-from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, NotFoundError, UpstreamError
+from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, UpstreamError
 from knowledge_engine.settings import is_loopback, split_address
 from knowledge_engine.v1 import (
     datasets_pb2,
@@ -295,18 +298,17 @@ class Client:
     # --- health ---------------------------------------------------------------------------------------------------
 
     def health(self) -> dict[str, str]:
-        """`SERVING` or `NOT_SERVING` under `""` (overall) and under each service's name."""
-        statuses = {"": self._check_health("")}
-        for service in SERVICES:
-            try:
-                statuses[service] = self._check_health(f"knowledge_engine.v1.{service}")
-            except NotFoundError:  # the server does not report on it
-                continue
-        return statuses
-
-    def _check_health(self, service: str) -> str:
-        response = self._call(self._health.Check, health_pb2.HealthCheckRequest(service=service))
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+        """`SERVING` or `NOT_SERVING` under `""` (overall) and under each service's name; `ok`, `degraded`, `down` or
+        `not_configured` under the names of `core.Service`, as the server last saw them."""
+        response = self._call(self._health.List, health_pb2.HealthListRequest())
+        word = health_pb2.HealthCheckResponse.ServingStatus.Name
+        told = {name: str(word(answer.status)) for name, answer in response.statuses.items()}
+        seen = {name: HEALTH_WORDS[told[name]] if name in told else ServiceState.NOT_CONFIGURED for name in Service}
+        return (
+            {"": told[""]}
+            | {service: told[f"knowledge_engine.v1.{service}"] for service in SERVICES}
+            | {name.value: state.value for name, state in seen.items()}
+        )
 
     def _call(self, method: Callable[..., _Response], request: object) -> _Response:
         try:

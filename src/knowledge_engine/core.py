@@ -211,12 +211,16 @@ class Service(StrEnum):
 
 
 class ServiceState(StrEnum):
-    """`degraded`: it answers, but the last work with it did not go well."""
+    """`degraded`: it answers, but the last work with it did not go well, or it is not known yet whether it answers."""
 
     OK = "ok"
     DEGRADED = "degraded"
     DOWN = "down"
     NOT_CONFIGURED = "not_configured"
+
+
+HEALTH_WORDS = {"SERVING": ServiceState.OK, "UNKNOWN": ServiceState.DEGRADED, "NOT_SERVING": ServiceState.DOWN}
+"""What the words of the gRPC health protocol mean for a `Service`; one that is not set up is not listed there."""
 
 
 # --- events -------------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ class Jobs:
 
     def __init__(self, settings: Settings, state: State, discard: Callable[[str], None]) -> None:
         """`discard` takes away what a dead attempt of a job had staged."""
+        self.trouble = ""
+        """Why jobs cannot be started now; empty while they can."""
         self._settings = settings
         self._state = state
         self._discard = discard
@@ -132,7 +134,9 @@ class Jobs:
             try:
                 await self._sweep()
                 await self._start_queued()
+                self.trouble = ""
             except KnowledgeEngineError as error:
+                self.trouble = error.message
                 _LOG.warning("jobs cannot be dispatched now: %s", error.message)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _SWEEP_SECONDS)

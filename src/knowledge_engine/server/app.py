@@ -10,11 +10,10 @@ import os
 import signal
 import sys
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from knowledge_engine.bases import check_bases
@@ -23,6 +22,7 @@ from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reas
 from knowledge_engine.inference.client import EngineClient, socket_path
 from knowledge_engine.jobs import Jobs
 from knowledge_engine.registry import Registry
+from knowledge_engine.server.health import Health, Watchman
 from knowledge_engine.server.services import (
     DatasetServicer,
     InferenceServicer,
@@ -59,7 +59,6 @@ SERVICES = (
     INFERENCE_SERVICE,
 )
 
-_HEALTH_SECONDS = 0.25
 _OPTIONS = (
     # A second server on the same port must fail, not share it.
     ("grpc.so_reuseport", 0),
@@ -82,8 +81,8 @@ class RunningServer:
         self._state = state
         self._jobs = jobs
         self.engine: EngineClient
-        self.health: HealthServicer
-        self._tasks: list[asyncio.Task[None]] = []
+        self.health: Health
+        self.watchman: Watchman
 
     @property
     def address(self) -> str:
@@ -93,8 +92,7 @@ class RunningServer:
     async def stop(self) -> None:
         """Health off, calls drained, jobs queued again, everything closed."""
         await self.health.enter_graceful_shutdown()
-        for task in self._tasks:
-            task.cancel()
+        self.watchman.stop()
         await asyncio.gather(self._server.stop(self._settings.drain_seconds), self._jobs.stop())
         await self.engine.close()
         await asyncio.to_thread(self._state.close)
@@ -129,7 +127,7 @@ async def start_server(settings: Settings) -> RunningServer:
     datasets_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(settings, datasets), server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(registry, engine), server)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(registry, engine, texts), server)
-    health = HealthServicer()
+    health = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if settings.reflection:
         _add_reflection(server)
@@ -143,9 +141,9 @@ async def start_server(settings: Settings) -> RunningServer:
         raise
     running = RunningServer(settings, server, port, state, jobs)
     running.engine, running.health = engine, health
+    running.watchman = Watchman(settings, health, state, jobs, engine, SERVICES, INFERENCE_SERVICE)
     await engine.start()
-    await _publish_health(health, engine)
-    running._tasks.append(asyncio.create_task(_follow_health(health, engine)))
+    await running.watchman.start()
     return running
 
 
@@ -173,23 +171,6 @@ def _add_reflection(server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": method})]
     )
-
-
-async def _publish_health(health: HealthServicer, engine: EngineClient) -> None:
-    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-    for name in ("", *SERVICES):
-        ready = name != INFERENCE_SERVICE or engine.status.state == "ready"
-        await health.set(name, serving if ready else not_serving)
-
-
-async def _follow_health(health: HealthServicer, engine: EngineClient) -> None:
-    known: Any = engine.status.state
-    while True:
-        await asyncio.sleep(_HEALTH_SECONDS)
-        if engine.status.state != known:
-            known = engine.status.state
-            _LOG.info("engine: %s %s", known, engine.status.detail)
-            await _publish_health(health, engine)
 
 
 async def serve(settings: Settings) -> None:

@@ -1,24 +1,31 @@
-"""Model versions on the local disk: published whole or not at all, immutable, checked against their digests.
+"""Model versions: published whole or not at all, immutable, checked against their digests.
 
 A version is the folder `<root>/<model>/<version>`: a PEFT adapter with its tokenizer and chat template, and
 `manifest.json` with the sha256 of every file, written last. The folder is filled elsewhere and moved into place by one
 rename, so that a reader sees all of it or none. What lies on the disk is the truth; nothing else records versions.
 A deleted version leaves an empty `<version>.deleted` behind, so that its number is never given again.
+
+With a bucket the truth lies there (`remote.py`) and the folder is its copy: manifests come with `sync`, the other
+files when a version is first used. While the bucket is away, what is here goes on being served.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from knowledge_engine.bases import Base
 from knowledge_engine.core import (
@@ -30,20 +37,60 @@ from knowledge_engine.core import (
     is_name,
     utc_now,
 )
-from knowledge_engine.errors import IntegrityError, NotFoundError, Reason
+from knowledge_engine.errors import (
+    CredentialsError,
+    IntegrityError,
+    KnowledgeEngineError,
+    NotFoundError,
+    Reason,
+    UpstreamError,
+    from_dict,
+)
 from knowledge_engine.files import sha256_of, sync
+from knowledge_engine.manifest import MANIFEST, FileEntry, Manifest, corrupt, parse_manifest
+from knowledge_engine.remote import Remote
+from knowledge_engine.settings import Settings
+from knowledge_engine.storage import open_bucket
 
-MANIFEST = "manifest.json"
+SYNC_SECONDS = 10.0
+SWEEP_SECONDS = 3600.0
+LEFTOVER_AGE = timedelta(hours=24)
+"""What was begun in the bucket and left alone for so long belongs to no job any more."""
+
 _STAGING = ".staging"
+_LOCKS = ".locks"
+_QUIET_SECONDS = 5.0  # a bucket that just did not answer is not asked again for every caller
+
+_LOG = logging.getLogger(__name__)
 
 
 class Registry:
-    """The versions below one folder. Methods block; any number of processes may use one folder at once."""
+    """The versions below one folder. Methods block; any number of processes may use one folder at once.
 
-    def __init__(self, root: Path) -> None:
+    With a bucket they raise, besides their own errors, UpstreamError: STORAGE_UNREACHABLE and CredentialsError:
+    UPSTREAM_CREDENTIALS, where the answer is not here and the bucket does not give it.
+    """
+
+    def __init__(self, root: Path, remote: Remote | None = None) -> None:
         self._root = root
+        self._remote = remote
         # A manifest never changes, so a parsed one is good for as long as its file is there.
-        self._parsed: dict[tuple[str, int], ModelVersion] = {}
+        self._parsed: dict[tuple[str, int], Manifest] = {}
+        self._trouble: KnowledgeEngineError | None = None
+        self._trouble_time = 0.0
+
+    @classmethod
+    def open(cls, settings: Settings) -> Registry:
+        """The registry of a deployment. Each bucket has a folder of its own: two truths are never mixed in one."""
+        bucket = open_bucket(settings)
+        if bucket is None:
+            return cls(settings.data_dir / "models")
+        name = hashlib.sha256(f"{bucket.endpoint}/{bucket.name}".encode()).hexdigest()[:16]
+        return cls(settings.data_dir / "buckets" / name / "models", Remote(bucket))
+
+    @property
+    def has_bucket(self) -> bool:
+        return self._remote is not None
 
     def stage(self, job_id: str) -> Path:
         """A fresh private folder for a job to fill and publish; whatever the job left there before is gone."""
@@ -66,13 +113,17 @@ class Registry:
         chat_template_digest: str,
         comparison: HeldOutComparison | None,
         training_precision: str,
+        check: Callable[[], None] = lambda: None,
     ) -> ModelVersion:
         """Makes the staged `folder` the next version of `spec.model`. A job publishes once: asked again, the answer is
-        the version it has published already."""
+        the version it has published already, or it goes on where it was. `check` is called on the way to a bucket and
+        may raise."""
+        if self._remote is not None:
+            self.sync(spec.model)
         if published := self._published_by(spec.model, job_id):
             return published
-        files = {path.name: path for path in sorted(folder.iterdir())}
-        entries = {name: {"sha256": sha256_of(path), "size_bytes": path.stat().st_size} for name, path in files.items()}
+        paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+        files = {path.name: FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
         manifest = {
             "model": spec.model,
             "job_id": job_id,
@@ -84,24 +135,31 @@ class Registry:
             "comparison": comparison and comparison.model_dump(mode="json"),
             "training_precision": training_precision,
             "create_time": utc_now().isoformat(),
-            "files": entries,
+            "files": {name: entry._asdict() for name, entry in files.items()},
         }
-        for path in files.values():
+
+        def manifest_of(version: int) -> bytes:
+            return json.dumps(manifest | {"version": version}, indent=2, sort_keys=True).encode()
+
+        for path in paths:
             path.chmod(0o600)
             sync(path)
         home = self._root / spec.model
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        while True:
-            version = max(self._numbers(spec.model, deleted=True), default=0) + 1
-            _write_durably(folder / MANIFEST, json.dumps(manifest | {"version": version}, indent=2, sort_keys=True))
-            try:
-                folder.rename(home / str(version))
-            except OSError as error:
-                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                    raise
-                continue  # another job took the number; take the next
-            sync(home)
-            return self.get(spec.model, version)
+        if self._remote is not None:
+            version, text = self._remote.publish(spec.model, job_id, folder, files, manifest_of, check)
+            _write_durably(folder / MANIFEST, text)
+            with self._lock(spec.model, version):
+                _merge(folder, home / str(version))
+        else:
+            version = self._take_number(spec.model, folder, manifest_of)
+        sync(home)
+        return self.get(spec.model, version)
+
+    def withdraw(self, model: str, job_id: str) -> None:
+        """Takes away what a job has brought to the bucket and will not publish."""
+        if self._remote is not None:
+            self._remote.withdraw(model, job_id)
 
     def resolve(self, model: str, version: int | None) -> ModelVersion:
         """The version asked for, or the newest one.
@@ -112,58 +170,49 @@ class Registry:
         if version is not None:
             return self.get(model, version)
         numbers = self._numbers(model)
+        if not numbers and self._remote is not None:
+            self._ask(lambda: self.sync(model))
+            numbers = self._numbers(model)
         if not numbers:
             raise NotFoundError(f"no model {model!r}", reason=Reason.MODEL_NOT_FOUND, model=model)
         return self.get(model, max(numbers))
 
     def get(self, model: str, version: int) -> ModelVersion:
         """Raises NotFoundError: MODEL_NOT_FOUND, MODEL_VERSION_NOT_FOUND; IntegrityError: MODEL_VERSION_CORRUPT."""
-        path = self.folder(model, version) / MANIFEST
-        key = (model, version)
-        if key in self._parsed and path.is_file():
-            return self._parsed[key]
-        try:
-            text = path.read_bytes()
-        except FileNotFoundError:
-            self._parsed.pop(key, None)
-            if not self._numbers(model, deleted=True):
-                raise NotFoundError(f"no model {model!r}", reason=Reason.MODEL_NOT_FOUND, model=model) from None
-            raise NotFoundError(
-                f"model {model!r} has no version {version}",
-                reason=Reason.MODEL_VERSION_NOT_FOUND,
-                model=model,
-                version=version,
-            ) from None
-        parsed = _parse_manifest(model, version, text)
-        self._parsed[key] = parsed
-        return parsed
+        return self._manifest(model, version).version
 
     def folder(self, model: str, version: int) -> Path:
         assert is_name(model)
         return self._root / model / str(version)
 
     def verify(self, model: str, version: int) -> None:
-        """Compares every file with the manifest.
+        """Compares every file with the manifest. With a bucket, what is missing or damaged here is brought from there.
 
         Raises:
             IntegrityError: MODEL_VERSION_CORRUPT, naming the file.
         """
         folder = self.folder(model, version)
-        self.get(model, version)
-        listed: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_bytes())["files"]
-        found = {path.name for path in folder.iterdir()} - {MANIFEST}
-        for name in sorted(found - listed.keys()):
-            raise _corrupt(model, version, name, "is not in the manifest")
-        for name, entry in listed.items():
-            if name not in found:
-                raise _corrupt(model, version, name, "is missing")
-            if sha256_of(folder / name) != entry["sha256"]:
-                raise _corrupt(model, version, name, "has changed since it was published")
+        listed = self._manifest(model, version).files
+        with self._lock(model, version) if self._remote is not None else contextlib.nullcontext():
+            found = {path.name for path in folder.iterdir()} - {MANIFEST}
+            for name in sorted(found - listed.keys()):
+                raise corrupt(model, version, name, "is not in the manifest")
+            for name, entry in listed.items():
+                if name not in found:
+                    trouble = "is missing"
+                elif sha256_of(folder / name) != entry.sha256:
+                    trouble = "has changed since it was published"
+                else:
+                    continue
+                if self._remote is None:
+                    raise corrupt(model, version, name, trouble)
+                if name in found:
+                    _LOG.warning("%s of version %d of model %r %s: fetched again", name, version, model, trouble)
+                self._bring_file(self._remote, model, version, name, entry)
 
     def list_models(self, page: Page) -> tuple[list[Model], str | None]:
         """By name; a model whose versions are all deleted is left out."""
-        names = sorted(path.name for path in self._root.iterdir() if is_name(path.name)) if self._root.is_dir() else []
-        names = [name for name in names if self._numbers(name) and (page.after is None or name > page.after)]
+        names = [name for name in self._models() if self._numbers(name) and (page.after is None or name > page.after)]
         models = [self.get_model(name) for name in names[: page.size]]
         return models, models[-1].name if len(names) > page.size else None
 
@@ -190,15 +239,181 @@ class Registry:
             NotFoundError: MODEL_NOT_FOUND, MODEL_VERSION_NOT_FOUND.
         """
         found = self.get(model, version)
-        folder = self.folder(model, version)
+        if self._remote is not None:
+            self._remote.delete(model, version)
+        self._take_away(model, version)
+        return found
+
+    # --- the bucket's copy ----------------------------------------------------------------------------------------
+
+    def sync(self, model: str | None = None) -> None:
+        """Makes the folder show what the bucket shows, for one model or all: manifests come, deleted versions go."""
+        assert self._remote is not None
+        published = self._remote.published(model)
+        for key in sorted(published):
+            if not (self.folder(*key) / MANIFEST).is_file():
+                try:
+                    self._bring_manifest(*key)
+                except IntegrityError as error:  # one damaged version must not hide the others
+                    _LOG.warning("%s", error.message)
+        for name in [model] if model is not None else self._models():
+            for version in self._numbers(name):
+                # Asked for by itself: it may have been published since the listing was made.
+                if (name, version) not in published and self._remote.read_manifest(name, version) is None:
+                    _LOG.info("version %d of model %r is gone from the bucket", version, name)
+                    self._take_away(name, version)
+
+    def follow(
+        self,
+        observe: Callable[[str | None], None],
+        stop: threading.Event,
+        *,
+        sync_seconds: float = SYNC_SECONDS,
+        sweep_seconds: float = SWEEP_SECONDS,
+        leftover_age: timedelta = LEFTOVER_AGE,
+    ) -> None:
+        """Keeps the folder like the bucket, and the bucket clean, until `stop` is set; for a thread of its own.
+        `observe` is told when the bucket begins to give trouble, in one sentence, and when that is over."""
+        assert self._remote is not None
+        told: str | None = "nothing yet"
+        next_sweep = 0.0
+        while not stop.is_set():
+            trouble = None
+            try:
+                self._watch_trouble(self.sync)
+                if time.monotonic() >= next_sweep:
+                    self._remote.sweep(utc_now() - leftover_age)
+                    next_sweep = time.monotonic() + sweep_seconds
+            except KnowledgeEngineError as error:
+                trouble = error.message
+            except Exception:  # the thread must outlive whatever this was
+                _LOG.exception("the bucket cannot be followed")
+                trouble = "following the bucket failed unexpectedly; the server's log says more"
+            if trouble != told and not stop.is_set():
+                _LOG.log(logging.WARNING if trouble else logging.INFO, "bucket: %s", trouble or "in step")
+                with contextlib.suppress(KnowledgeEngineError):  # the store has its own trouble: told next time
+                    observe(trouble)
+                    told = trouble
+            stop.wait(sync_seconds)
+
+    def _ask(self, question: Callable[[], None]) -> None:
+        """Looks into the bucket for what is not here; one that has just failed is not asked again at once."""
+        trouble = self._trouble
+        if trouble is not None and time.monotonic() - self._trouble_time < _QUIET_SECONDS:
+            raise from_dict(trouble.to_dict())
+        self._watch_trouble(question)
+
+    def _watch_trouble(self, question: Callable[[], None]) -> None:
+        try:
+            question()
+        except (UpstreamError, CredentialsError) as error:
+            self._trouble, self._trouble_time = error, time.monotonic()
+            raise
+        self._trouble = None
+
+    def _bring_manifest(self, model: str, version: int) -> None:
+        """Shows a version that is in the bucket; does nothing where there is none.
+
+        Raises:
+            IntegrityError: MODEL_VERSION_CORRUPT: its manifest there is no good.
+        """
+        assert self._remote is not None
+        text = self._remote.read_manifest(model, version)
+        if text is None:
+            return
+        parse_manifest(model, version, text)
+        folder = self._fresh_folder()
+        _write_durably(folder / MANIFEST, text)
+        home = self._root / model
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._lock(model, version):
+            _merge(folder, home / str(version))
+        sync(home)
+
+    def _bring_file(self, remote: Remote, model: str, version: int, name: str, entry: FileEntry) -> None:
+        folder = self._fresh_folder()
+        try:
+            remote.fetch(model, version, name, entry, folder / name)
+            (folder / name).chmod(0o600)
+            sync(folder / name)
+            (folder / name).replace(self.folder(model, version) / name)
+            sync(self.folder(model, version))
+        except FileNotFoundError:  # deleted while its files were on their way
+            raise _no_version(model, version) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # --- the folder -----------------------------------------------------------------------------------------------
+
+    def _manifest(self, model: str, version: int) -> Manifest:
+        try:
+            return self._read_manifest(model, version)
+        except NotFoundError:
+            if self._remote is None:
+                raise
+        except IntegrityError as error:
+            if self._remote is None:
+                raise
+            _LOG.warning("%s: fetched again", error.message)
+        self._ask(lambda: self._bring_manifest(model, version))
+        return self._read_manifest(model, version)
+
+    def _read_manifest(self, model: str, version: int) -> Manifest:
+        path = self.folder(model, version) / MANIFEST
+        key = (model, version)
+        if key in self._parsed and path.is_file():
+            return self._parsed[key]
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            self._parsed.pop(key, None)
+            if not self._numbers(model, deleted=True):
+                raise NotFoundError(f"no model {model!r}", reason=Reason.MODEL_NOT_FOUND, model=model) from None
+            raise _no_version(model, version) from None
+        parsed = self._parsed[key] = parse_manifest(model, version, text)
+        return parsed
+
+    def _take_number(self, model: str, folder: Path, manifest_of: Callable[[int], bytes]) -> int:
+        """Moves a folder to the next free number."""
+        while True:
+            version = max(self._numbers(model, deleted=True), default=0) + 1
+            _write_durably(folder / MANIFEST, manifest_of(version))
+            try:
+                folder.rename(self.folder(model, version))
+            except OSError as error:
+                if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                    raise
+                continue  # another job took the number; take the next
+            return version
+
+    def _take_away(self, model: str, version: int) -> None:
+        """Takes a version off the disk, first out of sight."""
         (self._root / model / f"{version}.deleted").touch(mode=0o600)
-        grave = self._root / _STAGING / f"deleted-{secrets.token_hex(8)}"
-        grave.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        grave = self._fresh_folder()
         with contextlib.suppress(FileNotFoundError):  # two deletions at once: one of them moved it
-            folder.rename(grave)
+            self.folder(model, version).rename(grave)
         self._parsed.pop((model, version), None)
         shutil.rmtree(grave, ignore_errors=True)
-        return found
+
+    def _fresh_folder(self) -> Path:
+        folder = self._root / _STAGING / f"tmp-{secrets.token_hex(8)}"
+        folder.mkdir(parents=True, mode=0o700)
+        return folder
+
+    @contextmanager
+    def _lock(self, model: str, version: int) -> Iterator[None]:
+        """Keeps other threads and processes from filling the same folder meanwhile."""
+        path = self._root / _LOCKS / f"{model}.{version}"
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _models(self) -> list[str]:
+        return sorted(path.name for path in self._root.iterdir() if is_name(path.name)) if self._root.is_dir() else []
 
     def _published_by(self, model: str, job_id: str) -> ModelVersion | None:
         versions = (self.get(model, number) for number in sorted(self._numbers(model), reverse=True))
@@ -212,32 +427,31 @@ class Registry:
         return [int(name) for name in names if name.isdecimal()]
 
 
-def _parse_manifest(model: str, version: int, text: bytes) -> ModelVersion:
-    try:
-        manifest = json.loads(text)
-        size_bytes = sum(entry["size_bytes"] for entry in manifest.pop("files").values())
-        digest = f"sha256:{hashlib.sha256(text).hexdigest()}"
-        parsed = ModelVersion(**manifest, digest=digest, size_bytes=size_bytes + len(text))
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise _corrupt(model, version, MANIFEST, "cannot be read") from error
-    if (parsed.model, parsed.version) != (model, version):
-        raise _corrupt(model, version, MANIFEST, "belongs to another version")
-    return parsed
-
-
-def _corrupt(model: str, version: int, file: str, what: str) -> IntegrityError:
-    return IntegrityError(
-        f"version {version} of model {model!r} is damaged: {file} {what}",
-        reason=Reason.MODEL_VERSION_CORRUPT,
+def _no_version(model: str, version: int) -> NotFoundError:
+    return NotFoundError(
+        f"model {model!r} has no version {version}",
+        reason=Reason.MODEL_VERSION_NOT_FOUND,
         model=model,
         version=version,
-        file=file,
     )
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
+def _merge(folder: Path, target: Path) -> None:
+    """Moves a folder to its place; where that is taken by the same version, each file, the manifest last."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+            path.replace(target / path.name)
+        sync(target)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     path.chmod(0o600)

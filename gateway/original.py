@@ -6,12 +6,18 @@ Pure functions from the contract's messages to values; no I/O, no HTTP.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Literal
 
 from gateway import schemas
 from gateway.rest_json import plain_id, seconds, timestamp
-from knowledge_engine.v1 import inference_pb2, jobs_pb2, models_pb2
+from knowledge_engine.v1 import generation_pb2, inference_pb2, jobs_pb2, models_pb2
 
+_PROVIDERS: Mapping[int, Literal["offline", "openai"]] = {
+    generation_pb2.GENERATION_PROVIDER_OFFLINE: "offline",
+    generation_pb2.GENERATION_PROVIDER_OPENAI: "openai",
+}
 # By state and phase; an empty phase stands for every other one of the state.
 _STATUS: dict[tuple[int, str], schemas.JobStatus] = {
     (jobs_pb2.JOB_STATE_QUEUED, ""): "starting",
@@ -105,6 +111,7 @@ def generate_data_response(job: jobs_pb2.Job) -> schemas.GenerateDataResponse:
         estimated_duration=None,
         dataset_name=plain_id(job.generation.dataset),
         catalogue=plain_id(job.generation.catalogue),
+        provider=_PROVIDERS.get(job.generation.provider),
     )
 
 

@@ -61,6 +61,7 @@ class GenerationSpec(BaseModel):
     difficulty_level: Literal["simple", "medium", "complex"] | None
     include_product_data: bool | None
     seed: int | None
+    provider: Literal["offline", "openai"] | None
 
 
 class HeldOutComparison(BaseModel):
@@ -87,6 +88,16 @@ class TrainingResult(BaseModel):
     peak_memory_bytes: int
 
 
+class GenerationUsage(BaseModel):
+    """What a language model's replies took, as they told it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    num_requests: int
+    num_retries: int
+    cost_usd: float | None = Field(description="Null where no price is known.")
+
+
 class GenerationResult(BaseModel):
     """What a generation run produced."""
 
@@ -96,6 +107,8 @@ class GenerationResult(BaseModel):
     num_rejected: int
     rejections: dict[str, int]
     provider: str
+    language_model: str = Field(description="The model that the replies named; empty offline.")
+    usage: GenerationUsage | None
 
 
 class JobResult(BaseModel):
@@ -251,6 +264,7 @@ MIRRORS: Mapping[type[BaseModel], Descriptor] = {
     HeldOutComparison: training_pb2.HeldOutComparison.DESCRIPTOR,
     GenerationSpec: generation_pb2.GenerationSpec.DESCRIPTOR,
     GenerationResult: generation_pb2.GenerationResult.DESCRIPTOR,
+    GenerationUsage: generation_pb2.GenerationUsage.DESCRIPTOR,
     JobResult: jobs_pb2.JobResult.DESCRIPTOR,
     TrackerRun: jobs_pb2.TrackerRun.DESCRIPTOR,
     Progress: jobs_pb2.Progress.DESCRIPTOR,

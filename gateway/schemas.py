@@ -90,6 +90,9 @@ class GenerateDataRequest(Strict):
         None, description="The catalogue; when absent the newest uploaded one, else the shipped demo catalogue."
     )
     seed: int = Field(42, ge=0, le=2**32 - 1, description="The same seed and catalogue give the same conversations.")
+    provider: Literal["offline", "openai"] | None = Field(
+        None, description="Who puts them into words; when absent OpenAI if the service has a key for it, else offline."
+    )
 
 
 class ChatMessage(Strict):
@@ -169,6 +172,7 @@ class GenerateDataResponse(BaseModel):
     estimated_duration: str | None = Field(description="Null while there is no measured rate to tell it from.")
     dataset_name: str = Field(description="The dataset that will be created.")
     catalogue: str = Field(description="The catalogue that is used.")
+    provider: Literal["offline", "openai"] | None = Field(description="Who puts the conversations into words.")
 
 
 class Performance(BaseModel):

@@ -40,6 +40,8 @@ def generation_spec(body: schemas.GenerateDataRequest) -> generation_pb2.Generat
     values = body.model_dump(include={"difficulty_level", "include_product_data", "seed"}, exclude_unset=True)
     if level := values.pop("difficulty_level", None):
         values["difficulty_level"] = generation_pb2.DifficultyLevel.Value(f"DIFFICULTY_LEVEL_{level.upper()}")
+    if body.provider is not None:
+        values["provider"] = generation_pb2.GenerationProvider.Value(f"GENERATION_PROVIDER_{body.provider.upper()}")
     return generation_pb2.GenerationSpec(
         catalogue=f"datasets/{body.catalogue}" if body.catalogue is not None else "",
         dataset=f"datasets/{body.dataset_name}" if body.dataset_name is not None else "",

@@ -44,6 +44,7 @@ GENERATION = core.GenerationSpec(
     difficulty_level=core.DifficultyLevel.COMPLEX,
     include_product_data=False,
     seed=0,
+    provider=core.GenerationProvider.OPENAI,
 )
 TRAINED = core.TrainingResult(
     model="assistant",
@@ -63,7 +64,9 @@ GENERATED = core.GenerationResult(
     num_conversations=50,
     num_rejected=3,
     rejections={"WRONG_PRICE": 2, "DUPLICATE": 1},
-    provider="offline",
+    provider="openai",
+    language_model="gpt-4.1-mini-2025-04-14",
+    usage=core.GenerationUsage(prompt_tokens=3, completion_tokens=2, num_requests=2, num_retries=1, cost_usd=0.25),
 )
 FAILURE = errors.InvalidSpecError(
     "row 3 is too long",

@@ -38,6 +38,7 @@ GENERATION: dict[str, Any] = {
     "difficulty_level": "DIFFICULTY_LEVEL_COMPLEX",
     "include_product_data": False,
     "seed": 3,
+    "provider": "GENERATION_PROVIDER_OPENAI",
 }
 
 

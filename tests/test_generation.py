@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,18 @@ class RecordingContext:
                 raise JobStopped
 
 
-class Liar:
+class Liar(OfflineVerbaliser):
     """Speaks like the offline verbaliser, but what it says of every third plan is turned into something else."""
 
     name = "liar"
 
     def __init__(self, lie: Callable[[Plan, str], str]) -> None:
-        self._honest = OfflineVerbaliser()
         self._lie = lie
         self._calls = 0
 
-    def verbalise(self, plan: Plan) -> Sequence[Message]:
+    def verbalise(self, plan: Plan) -> list[Message]:
         self._calls += 1
-        messages = self._honest.verbalise(plan)
+        messages = super().verbalise(plan)
         if self._calls % 3:
             return messages
         return [*messages[:-1], Message(role="assistant", content=self._lie(plan, messages[-1].content))]
@@ -323,7 +322,7 @@ def test_shoppers_may_not_invent_either() -> None:
 
 
 def test_a_catalogue_that_is_used_up_says_so(datasets: Datasets, generate: Generate) -> None:
-    class Monotonous:
+    class Monotonous(OfflineVerbaliser):
         name = "monotonous"
 
         def verbalise(self, plan: Plan) -> list[Message]:
@@ -353,7 +352,7 @@ def test_one_product_is_enough_for_a_small_run(datasets: Datasets, generate: Gen
 
 
 def test_a_verbaliser_that_only_lies_ends_the_run(generate: Generate) -> None:
-    class OnlyLies:
+    class OnlyLies(OfflineVerbaliser):
         name = "only lies"
 
         def verbalise(self, plan: Plan) -> list[Message]:
@@ -361,7 +360,7 @@ def test_a_verbaliser_that_only_lies_ends_the_run(generate: Generate) -> None:
 
     with pytest.raises(StateError) as caught:
         generate(OnlyLies(), difficulty_level="simple")
-    assert caught.value.reason is Reason.CATALOGUE_TOO_SMALL
+    assert caught.value.reason is Reason.GENERATION_UNUSABLE
     assert "500 UNKNOWN_PRODUCT" in caught.value.message
 
 

@@ -121,6 +121,8 @@ def _result(result: jobs_pb2.JobResult) -> core.TrainingResult | core.Generation
             num_rejected=generated.num_rejected,
             rejections=dict(generated.rejections),
             provider=generated.provider,
+            language_model=generated.language_model,
+            usage=core.GenerationUsage(**_set_fields(generated.usage)) if generated.HasField("usage") else None,
         )
     trained = result.training
     model, version = _model_and_version(trained.model_version)
@@ -173,6 +175,9 @@ def generation_spec_to_proto(spec: core.GenerationSpec) -> generation_pb2.Genera
     if "difficulty_level" in values:
         name = f"DIFFICULTY_LEVEL_{spec.difficulty_level.name}"
         values["difficulty_level"] = generation_pb2.DifficultyLevel.Value(name)
+    if "provider" in values:
+        name = f"GENERATION_PROVIDER_{values['provider'].upper()}"
+        values["provider"] = generation_pb2.GenerationProvider.Value(name)
     return generation_pb2.GenerationSpec(**values)
 
 
@@ -192,6 +197,9 @@ def _generation_spec(spec: generation_pb2.GenerationSpec) -> core.GenerationSpec
         if field in values:
             values[field] = _id(values[field])
     _name_enum(values, "difficulty_level", generation_pb2.DifficultyLevel)
+    if "provider" in values:
+        provider = generation_pb2.GenerationProvider.Name(values["provider"])
+        values["provider"] = provider.removeprefix("GENERATION_PROVIDER_").lower()
     return core.GenerationSpec(**values)
 
 

@@ -84,6 +84,13 @@ class DifficultyLevel(StrEnum):
     COMPLEX = "complex"
 
 
+class GenerationProvider(StrEnum):
+    """Who puts planned conversations into words."""
+
+    OFFLINE = "offline"
+    OPENAI = "openai"
+
+
 class LoraConfig(_Frozen):
     """The shape of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685)."""
 
@@ -133,7 +140,7 @@ class TrainingSpec(_Frozen):
 
 
 class GenerationSpec(_Frozen):
-    """Conversations to generate; `catalogue` and `dataset` are filled in before the job is stored."""
+    """Conversations to generate; `catalogue`, `dataset` and `provider` are filled in before the job is stored."""
 
     catalogue: Name | None = None
     dataset: Name | None = None
@@ -144,6 +151,7 @@ class GenerationSpec(_Frozen):
     difficulty_level: DifficultyLevel = DifficultyLevel.MEDIUM
     include_product_data: bool = True
     seed: int = Field(default=42, ge=0, le=MAX_SEED)
+    provider: GenerationProvider | None = None
 
 
 class HeldOutComparison(_Frozen):
@@ -170,6 +178,16 @@ class TrainingResult(_Frozen):
     peak_memory_bytes: int
 
 
+class GenerationUsage(_Frozen):
+    """What a model's replies took, as they told it; `cost_usd` is None where no price is known."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_requests: int = 0
+    num_retries: int = 0
+    cost_usd: float | None = None
+
+
 class GenerationResult(_Frozen):
     type: Literal["generation"] = "generation"
     dataset: Name
@@ -178,6 +196,8 @@ class GenerationResult(_Frozen):
     num_rejected: int
     rejections: dict[str, int]
     provider: str
+    language_model: str = ""
+    usage: GenerationUsage | None = None
 
 
 JobSpec = TrainingSpec | GenerationSpec

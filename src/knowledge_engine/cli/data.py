@@ -43,6 +43,10 @@ def generate(
     ] = None,
     product_data: Annotated[bool | None, typer.Option(help="Show the products to the assistant.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every choice.")] = None,
+    provider: Annotated[
+        Literal["offline", "openai"] | None,
+        typer.Option(help="Who puts them into words. Default: openai where the service has a key, else offline."),
+    ] = None,
     detach: DetachOption = False,
     json: JsonOption = False,
     server: ServerOption = None,
@@ -58,6 +62,7 @@ def generate(
         "difficulty_level": difficulty,
         "include_product_data": product_data,
         "seed": seed,
+        "provider": provider,
     }
     spec = checked(GenerationSpec, values)
     with connect(server) as client:

@@ -25,7 +25,7 @@ from knowledge_engine.cli.output import (
 
 if TYPE_CHECKING:
     from knowledge_engine.client import Client
-    from knowledge_engine.core import Job
+    from knowledge_engine.core import GenerationUsage, Job
 
 app = typer.Typer(help="Look at jobs and cancel them.", no_args_is_help=True)
 
@@ -198,6 +198,9 @@ def _result_facts(job: Job) -> list[tuple[str, object]]:
             ("digest", result.digest),
             ("conversations", result.num_conversations),
             ("rejected", result.num_rejected),
+            ("rejected for", ", ".join(f"{reason} {count}" for reason, count in result.rejections.items()) or None),
+            ("provider", f"{result.provider} {result.language_model}".rstrip()),
+            *(_usage_facts(result.usage) if result.usage else ()),
         ]
     facts: list[tuple[str, object]] = [
         ("model version", f"{result.model}:{result.version}"),
@@ -210,6 +213,14 @@ def _result_facts(job: Job) -> list[tuple[str, object]]:
     if result.comparison is not None:
         facts += [("base loss", result.comparison.base_loss), ("tuned loss", result.comparison.tuned_loss)]
     return facts
+
+
+def _usage_facts(usage: GenerationUsage) -> list[tuple[str, object]]:
+    return [
+        ("requests", f"{usage.num_requests}, {usage.num_retries} of them repeated"),
+        ("tokens", f"{usage.prompt_tokens} read, {usage.completion_tokens} written"),
+        ("cost", None if usage.cost_usd is None else f"{usage.cost_usd:.4f} USD"),
+    ]
 
 
 def _progress(job: Job) -> str:

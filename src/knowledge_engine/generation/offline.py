@@ -7,12 +7,13 @@ product list shows them, which is what a small model can learn.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from knowledge_engine.catalogue import Constraints, Product, format_price, minor_digits
 from knowledge_engine.core import Message
 from knowledge_engine.generation.planner import Act, Exchange, Plan
+from knowledge_engine.generation.verifier import Reply
 
 _NEED = (
     "I'm looking for {wish}.",
@@ -168,6 +169,12 @@ class OfflineVerbaliser:
     """Puts plans into words by itself; the same plan always gets the same words."""
 
     name = "offline"
+    language_model = ""
+    usage = None
+
+    def replies(self, plans: Iterable[Plan]) -> Iterator[tuple[Plan, Reply]]:
+        """Each plan with its words."""
+        return ((plan, self.verbalise(plan)) for plan in plans)
 
     def verbalise(self, plan: Plan) -> list[Message]:
         """User and assistant messages in turn, one pair for each exchange."""

@@ -25,6 +25,15 @@ class Rejection(StrEnum):
     WRONG_STOCK = "WRONG_STOCK"  # says that a product can be had when it cannot, or the other way round
     OFF_PLAN = "OFF_PLAN"  # not the planned turns, or a recommendation without the planned products
     DUPLICATE = "DUPLICATE"  # the same words as one kept before
+    # What only a model does: there are no words to judge.
+    REFUSED = "REFUSED"  # it would not
+    CONTENT_FILTERED = "CONTENT_FILTERED"  # its provider would not let it
+    TRUNCATED = "TRUNCATED"  # it did not come to an end
+    MALFORMED = "MALFORMED"  # not the JSON it was asked for, or text that no conversation may hold
+
+
+Reply = Sequence[Message] | Rejection
+"""What came of a plan: user and assistant messages in turn, one pair for each exchange, or why there are none."""
 
 
 class Verifier:

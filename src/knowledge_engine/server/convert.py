@@ -41,6 +41,10 @@ _DIFFICULTIES = {
     generation_pb2.DIFFICULTY_LEVEL_MEDIUM: core.DifficultyLevel.MEDIUM,
     generation_pb2.DIFFICULTY_LEVEL_COMPLEX: core.DifficultyLevel.COMPLEX,
 }
+_PROVIDERS = {
+    generation_pb2.GENERATION_PROVIDER_OFFLINE: core.GenerationProvider.OFFLINE,
+    generation_pb2.GENERATION_PROVIDER_OPENAI: core.GenerationProvider.OPENAI,
+}
 _DATASET_KINDS = {
     datasets_pb2.DATASET_KIND_CONVERSATIONS: core.DatasetKind.CONVERSATIONS,
     datasets_pb2.DATASET_KIND_CATALOGUE: core.DatasetKind.CATALOGUE,
@@ -77,7 +81,7 @@ def training_spec(proto: training_pb2.TrainingSpec) -> core.TrainingSpec:
 
 def generation_spec(proto: generation_pb2.GenerationSpec) -> core.GenerationSpec:
     """Raises InvalidSpecError: paths begin with `spec`."""
-    values = _set_scalars(proto, skip={"catalogue", "dataset", "topics", "difficulty_level"})
+    values = _set_scalars(proto, skip={"catalogue", "dataset", "topics", "difficulty_level", "provider"})
     values["num_conversations"] = proto.num_conversations
     values["topics"] = tuple(proto.topics)
     for field in ("catalogue", "dataset"):
@@ -85,6 +89,8 @@ def generation_spec(proto: generation_pb2.GenerationSpec) -> core.GenerationSpec
             values[field] = parse_name(name, "datasets", field=f"spec.{field}")
     if proto.difficulty_level:
         values["difficulty_level"] = _enum(_DIFFICULTIES, proto.difficulty_level, "spec.difficulty_level")
+    if proto.provider:
+        values["provider"] = _enum(_PROVIDERS, proto.provider, "spec.provider")
     return _validated(core.GenerationSpec, values, "spec")
 
 
@@ -328,6 +334,7 @@ def training_spec_proto(spec: core.TrainingSpec) -> training_pb2.TrainingSpec:
 
 def _generation_spec_proto(spec: core.GenerationSpec) -> generation_pb2.GenerationSpec:
     difficulties = {level: number for number, level in _DIFFICULTIES.items()}
+    providers = {provider: number for number, provider in _PROVIDERS.items()}
     return generation_pb2.GenerationSpec(
         catalogue=f"datasets/{spec.catalogue}" if spec.catalogue else "",
         dataset=f"datasets/{spec.dataset}" if spec.dataset else "",
@@ -336,15 +343,16 @@ def _generation_spec_proto(spec: core.GenerationSpec) -> generation_pb2.Generati
         difficulty_level=difficulties[spec.difficulty_level],
         include_product_data=spec.include_product_data,
         seed=spec.seed,
+        provider=providers[spec.provider] if spec.provider else generation_pb2.GENERATION_PROVIDER_UNSPECIFIED,
     )
 
 
 def _job_result(result: core.JobResult) -> jobs_pb2.JobResult:
     if isinstance(result, core.GenerationResult):
+        usage = generation_pb2.GenerationUsage(**result.usage.model_dump()) if result.usage else None
+        values = result.model_dump(exclude={"type", "dataset", "usage"})
         return jobs_pb2.JobResult(
-            generation=generation_pb2.GenerationResult(
-                dataset=f"datasets/{result.dataset}", **result.model_dump(exclude={"type", "dataset"})
-            )
+            generation=generation_pb2.GenerationResult(dataset=f"datasets/{result.dataset}", usage=usage, **values)
         )
     return jobs_pb2.JobResult(
         training=training_pb2.TrainingResult(

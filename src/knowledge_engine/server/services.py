@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import secrets
 import tempfile
 import time
@@ -14,6 +15,7 @@ from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, Reason, StateError, UpstreamError, Violation
+from knowledge_engine.generation.chat_client import require_provider
 from knowledge_engine.generation.planner import Planner
 from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
 from knowledge_engine.jobs import Jobs
@@ -52,6 +54,16 @@ class Texts:
         return base, self._loaded[base.digest]
 
 
+def _require_torch() -> None:
+    """Looks for the package without importing it. Raises StateError: TRAINING_UNAVAILABLE."""
+    if importlib.util.find_spec("torch") is None:
+        raise StateError(
+            "this server is installed without torch and cannot train; ask one of the full installation, "
+            "the image's default target",
+            reason=Reason.TRAINING_UNAVAILABLE,
+        )
+
+
 class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     def __init__(self, settings: Settings, jobs: Jobs, state: State, datasets: Datasets, texts: Texts) -> None:
         self._settings = settings
@@ -63,6 +75,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     async def CreateTrainingJob(  # noqa: N802
         self, request: jobs_pb2.CreateTrainingJobRequest, context: Any
     ) -> jobs_pb2.CreateTrainingJobResponse:
+        _require_torch()
         spec = convert.training_spec(request.spec)
         await asyncio.to_thread(self._check_training, spec)
         job = await self._jobs.submit(spec, CALLER.get())
@@ -114,7 +127,8 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         encode_conversations(self._datasets.conversations(spec.dataset), text, base.max_length(spec.max_length))
 
     def _completed(self, spec: core.GenerationSpec) -> core.GenerationSpec:
-        """The spec with its catalogue and dataset named, both checked."""
+        """The spec with its catalogue, dataset and provider named, all checked."""
+        provider = require_provider(self._settings, spec.provider)
         if spec.catalogue:
             catalogue = self._datasets.get(spec.catalogue)
             if catalogue.kind is not core.DatasetKind.CATALOGUE:
@@ -125,7 +139,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         if spec.dataset:
             self._datasets.require_free(spec.dataset)
         name = spec.dataset or f"conversations-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-        return spec.model_copy(update={"catalogue": catalogue.name, "dataset": name})
+        return spec.model_copy(update={"catalogue": catalogue.name, "dataset": name, "provider": provider})
 
 
 class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$knowledge_engine/v1/generation.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\"\xa1\x02\n\x0eGenerationSpec\x12\x17\n\tcatalogue\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07\x64\x61taset\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1f\n\x11num_conversations\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x02\x12\x14\n\x06topics\x18\x04 \x03(\tB\x04\xe2\x41\x01\x01\x12\x44\n\x10\x64ifficulty_level\x18\x05 \x01(\x0e\x32$.knowledge_engine.v1.DifficultyLevelB\x04\xe2\x41\x01\x01\x12\'\n\x14include_product_data\x18\x06 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x17\n\x04seed\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x42\x17\n\x15_include_product_dataB\x07\n\x05_seed\"\x98\x02\n\x10GenerationResult\x12\x15\n\x07\x64\x61taset\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1f\n\x11num_conversations\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_rejected\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12O\n\nrejections\x18\x05 \x03(\x0b\x32\x35.knowledge_engine.v1.GenerationResult.RejectionsEntryB\x04\xe2\x41\x01\x03\x12\x16\n\x08provider\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x1a\x31\n\x0fRejectionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01*\x8b\x01\n\x0f\x44ifficultyLevel\x12 \n\x1c\x44IFFICULTY_LEVEL_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IFFICULTY_LEVEL_SIMPLE\x10\x01\x12\x1b\n\x17\x44IFFICULTY_LEVEL_MEDIUM\x10\x02\x12\x1c\n\x18\x44IFFICULTY_LEVEL_COMPLEX\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$knowledge_engine/v1/generation.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\"\xe2\x02\n\x0eGenerationSpec\x12\x17\n\tcatalogue\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07\x64\x61taset\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1f\n\x11num_conversations\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x02\x12\x14\n\x06topics\x18\x04 \x03(\tB\x04\xe2\x41\x01\x01\x12\x44\n\x10\x64ifficulty_level\x18\x05 \x01(\x0e\x32$.knowledge_engine.v1.DifficultyLevelB\x04\xe2\x41\x01\x01\x12\'\n\x14include_product_data\x18\x06 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x17\n\x04seed\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12?\n\x08provider\x18\x08 \x01(\x0e\x32\'.knowledge_engine.v1.GenerationProviderB\x04\xe2\x41\x01\x01\x42\x17\n\x15_include_product_dataB\x07\n\x05_seed\"\xf1\x02\n\x10GenerationResult\x12\x15\n\x07\x64\x61taset\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1f\n\x11num_conversations\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_rejected\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12O\n\nrejections\x18\x05 \x03(\x0b\x32\x35.knowledge_engine.v1.GenerationResult.RejectionsEntryB\x04\xe2\x41\x01\x03\x12\x16\n\x08provider\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0elanguage_model\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x39\n\x05usage\x18\x08 \x01(\x0b\x32$.knowledge_engine.v1.GenerationUsageB\x04\xe2\x41\x01\x03\x1a\x31\n\x0fRejectionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xb0\x01\n\x0fGenerationUsage\x12\x1b\n\rprompt_tokens\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11\x63ompletion_tokens\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_requests\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x19\n\x0bnum_retries\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1b\n\x08\x63ost_usd\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x42\x0b\n\t_cost_usd*z\n\x12GenerationProvider\x12#\n\x1fGENERATION_PROVIDER_UNSPECIFIED\x10\x00\x12\x1f\n\x1bGENERATION_PROVIDER_OFFLINE\x10\x01\x12\x1e\n\x1aGENERATION_PROVIDER_OPENAI\x10\x02*\x8b\x01\n\x0f\x44ifficultyLevel\x12 \n\x1c\x44IFFICULTY_LEVEL_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IFFICULTY_LEVEL_SIMPLE\x10\x01\x12\x1b\n\x17\x44IFFICULTY_LEVEL_MEDIUM\x10\x02\x12\x1c\n\x18\x44IFFICULTY_LEVEL_COMPLEX\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +46,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONSPEC'].fields_by_name['include_product_data']._serialized_options = b'\342A\001\001'
   _globals['_GENERATIONSPEC'].fields_by_name['seed']._loaded_options = None
   _globals['_GENERATIONSPEC'].fields_by_name['seed']._serialized_options = b'\342A\001\001'
+  _globals['_GENERATIONSPEC'].fields_by_name['provider']._loaded_options = None
+  _globals['_GENERATIONSPEC'].fields_by_name['provider']._serialized_options = b'\342A\001\001'
   _globals['_GENERATIONRESULT_REJECTIONSENTRY']._loaded_options = None
   _globals['_GENERATIONRESULT_REJECTIONSENTRY']._serialized_options = b'8\001'
   _globals['_GENERATIONRESULT'].fields_by_name['dataset']._loaded_options = None
@@ -60,12 +62,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONRESULT'].fields_by_name['rejections']._serialized_options = b'\342A\001\003'
   _globals['_GENERATIONRESULT'].fields_by_name['provider']._loaded_options = None
   _globals['_GENERATIONRESULT'].fields_by_name['provider']._serialized_options = b'\342A\001\003'
-  _globals['_DIFFICULTYLEVEL']._serialized_start=670
-  _globals['_DIFFICULTYLEVEL']._serialized_end=809
+  _globals['_GENERATIONRESULT'].fields_by_name['language_model']._loaded_options = None
+  _globals['_GENERATIONRESULT'].fields_by_name['language_model']._serialized_options = b'\342A\001\003'
+  _globals['_GENERATIONRESULT'].fields_by_name['usage']._loaded_options = None
+  _globals['_GENERATIONRESULT'].fields_by_name['usage']._serialized_options = b'\342A\001\003'
+  _globals['_GENERATIONUSAGE'].fields_by_name['prompt_tokens']._loaded_options = None
+  _globals['_GENERATIONUSAGE'].fields_by_name['prompt_tokens']._serialized_options = b'\342A\001\003'
+  _globals['_GENERATIONUSAGE'].fields_by_name['completion_tokens']._loaded_options = None
+  _globals['_GENERATIONUSAGE'].fields_by_name['completion_tokens']._serialized_options = b'\342A\001\003'
+  _globals['_GENERATIONUSAGE'].fields_by_name['num_requests']._loaded_options = None
+  _globals['_GENERATIONUSAGE'].fields_by_name['num_requests']._serialized_options = b'\342A\001\003'
+  _globals['_GENERATIONUSAGE'].fields_by_name['num_retries']._loaded_options = None
+  _globals['_GENERATIONUSAGE'].fields_by_name['num_retries']._serialized_options = b'\342A\001\003'
+  _globals['_GENERATIONUSAGE'].fields_by_name['cost_usd']._loaded_options = None
+  _globals['_GENERATIONUSAGE'].fields_by_name['cost_usd']._serialized_options = b'\342A\001\003'
+  _globals['_GENERATIONPROVIDER']._serialized_start=1002
+  _globals['_GENERATIONPROVIDER']._serialized_end=1124
+  _globals['_DIFFICULTYLEVEL']._serialized_start=1127
+  _globals['_DIFFICULTYLEVEL']._serialized_end=1266
   _globals['_GENERATIONSPEC']._serialized_start=95
-  _globals['_GENERATIONSPEC']._serialized_end=384
-  _globals['_GENERATIONRESULT']._serialized_start=387
-  _globals['_GENERATIONRESULT']._serialized_end=667
-  _globals['_GENERATIONRESULT_REJECTIONSENTRY']._serialized_start=618
-  _globals['_GENERATIONRESULT_REJECTIONSENTRY']._serialized_end=667
+  _globals['_GENERATIONSPEC']._serialized_end=449
+  _globals['_GENERATIONRESULT']._serialized_start=452
+  _globals['_GENERATIONRESULT']._serialized_end=821
+  _globals['_GENERATIONRESULT_REJECTIONSENTRY']._serialized_start=772
+  _globals['_GENERATIONRESULT_REJECTIONSENTRY']._serialized_end=821
+  _globals['_GENERATIONUSAGE']._serialized_start=824
+  _globals['_GENERATIONUSAGE']._serialized_end=1000
 # @@protoc_insertion_point(module_scope)

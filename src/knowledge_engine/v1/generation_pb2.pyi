@@ -19,6 +19,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _GenerationProvider:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GenerationProviderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GenerationProvider.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GENERATION_PROVIDER_UNSPECIFIED: _GenerationProvider.ValueType  # 0
+    """OpenAI where the service has a key for it, else offline."""
+    GENERATION_PROVIDER_OFFLINE: _GenerationProvider.ValueType  # 1
+    """The service itself: no model, no network, the same words every time."""
+    GENERATION_PROVIDER_OPENAI: _GenerationProvider.ValueType  # 2
+    """A model behind the configured OpenAI-compatible API. It costs money, and its words differ from run to run."""
+
+class GenerationProvider(_GenerationProvider, metaclass=_GenerationProviderEnumTypeWrapper):
+    """Who puts planned conversations into words."""
+
+GENERATION_PROVIDER_UNSPECIFIED: GenerationProvider.ValueType  # 0
+"""OpenAI where the service has a key for it, else offline."""
+GENERATION_PROVIDER_OFFLINE: GenerationProvider.ValueType  # 1
+"""The service itself: no model, no network, the same words every time."""
+GENERATION_PROVIDER_OPENAI: GenerationProvider.ValueType  # 2
+"""A model behind the configured OpenAI-compatible API. It costs money, and its words differ from run to run."""
+Global___GenerationProvider: _TypeAlias = GenerationProvider  # noqa: Y015
+
 class _DifficultyLevel:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -62,6 +86,7 @@ class GenerationSpec(_message.Message):
     DIFFICULTY_LEVEL_FIELD_NUMBER: _builtins.int
     INCLUDE_PRODUCT_DATA_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
     catalogue: _builtins.str
     """The catalogue, `datasets/{dataset}`. The newest uploaded one when empty, else the shipped demo catalogue."""
     dataset: _builtins.str
@@ -74,6 +99,10 @@ class GenerationSpec(_message.Message):
     """Show the candidate products to the assistant in the system message. Default true."""
     seed: _builtins.int
     """Seed of every choice, 0 to 2^32-1: the same seed and catalogue give the same conversations. Default 42."""
+    provider: Global___GenerationProvider.ValueType
+    """Who puts the plans into words. Default: OpenAI where the service has a key for it, else offline. Asking for OpenAI
+    without a key is refused. What was chosen is stored with the job.
+    """
     @_builtins.property
     def topics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only products that a topic matches are talked about: words looked for in category, title, brand and
@@ -90,10 +119,11 @@ class GenerationSpec(_message.Message):
         difficulty_level: Global___DifficultyLevel.ValueType = ...,
         include_product_data: _builtins.bool | None = ...,
         seed: _builtins.int | None = ...,
+        provider: Global___GenerationProvider.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_include_product_data", b"_include_product_data", "_seed", b"_seed", "include_product_data", b"include_product_data", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_product_data", b"_include_product_data", "_seed", b"_seed", "catalogue", b"catalogue", "dataset", b"dataset", "difficulty_level", b"difficulty_level", "include_product_data", b"include_product_data", "num_conversations", b"num_conversations", "seed", b"seed", "topics", b"topics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_product_data", b"_include_product_data", "_seed", b"_seed", "catalogue", b"catalogue", "dataset", b"dataset", "difficulty_level", b"difficulty_level", "include_product_data", b"include_product_data", "num_conversations", b"num_conversations", "provider", b"provider", "seed", b"seed", "topics", b"topics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__include_product_data: _TypeAlias = _typing.Literal["include_product_data"]  # noqa: Y015
     _WhichOneofArgType__include_product_data: _TypeAlias = _typing.Literal["_include_product_data", b"_include_product_data"]  # noqa: Y015
@@ -138,6 +168,8 @@ class GenerationResult(_message.Message):
     NUM_REJECTED_FIELD_NUMBER: _builtins.int
     REJECTIONS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
+    LANGUAGE_MODEL_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     dataset: _builtins.str
     """The dataset, `datasets/{dataset}`."""
     digest: _builtins.str
@@ -147,10 +179,18 @@ class GenerationResult(_message.Message):
     num_rejected: _builtins.int
     """Conversations that were put into words but did not pass the check."""
     provider: _builtins.str
-    """Who put the plans into words: `offline`."""
+    """Who put the plans into words: `offline` or `openai`."""
+    language_model: _builtins.str
+    """The model that the replies named, several comma-separated; empty offline."""
     @_builtins.property
     def rejections(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """How many were rejected for what, by reason: `UNKNOWN_PRODUCT`, `WRONG_PRICE`, `WRONG_STOCK`, `OFF_PLAN`, `DUPLICATE`."""
+        """How many were rejected for what, by reason: `UNKNOWN_PRODUCT`, `WRONG_PRICE`, `WRONG_STOCK`, `OFF_PLAN`, `DUPLICATE`;
+        and what only a model does: `REFUSED`, `CONTENT_FILTERED`, `TRUNCATED`, `MALFORMED`.
+        """
+
+    @_builtins.property
+    def usage(self) -> Global___GenerationUsage:
+        """What the model's replies took, over all attempts of the job; unset offline."""
 
     def __init__(
         self,
@@ -161,11 +201,53 @@ class GenerationResult(_message.Message):
         num_rejected: _builtins.int = ...,
         rejections: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         provider: _builtins.str = ...,
+        language_model: _builtins.str = ...,
+        usage: Global___GenerationUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "digest", b"digest", "num_conversations", b"num_conversations", "num_rejected", b"num_rejected", "provider", b"provider", "rejections", b"rejections"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "digest", b"digest", "language_model", b"language_model", "num_conversations", b"num_conversations", "num_rejected", b"num_rejected", "provider", b"provider", "rejections", b"rejections", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerationResult: _TypeAlias = GenerationResult  # noqa: Y015
+
+@_typing.final
+class GenerationUsage(_message.Message):
+    """What a language model's replies took, as the replies told it; those of rejected conversations are in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_RETRIES_FIELD_NUMBER: _builtins.int
+    COST_USD_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens read."""
+    completion_tokens: _builtins.int
+    """Tokens written."""
+    num_requests: _builtins.int
+    """Requests sent, repeated ones too."""
+    num_retries: _builtins.int
+    """Requests that repeated one which had failed."""
+    cost_usd: _builtins.float
+    """US dollars: by the prices in the service's settings, else what the replies told; unset where neither is known."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        num_requests: _builtins.int = ...,
+        num_retries: _builtins.int = ...,
+        cost_usd: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_usd", b"_cost_usd", "cost_usd", b"cost_usd"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_usd", b"_cost_usd", "completion_tokens", b"completion_tokens", "cost_usd", b"cost_usd", "num_requests", b"num_requests", "num_retries", b"num_retries", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost_usd: _TypeAlias = _typing.Literal["cost_usd"]  # noqa: Y015
+    _WhichOneofArgType__cost_usd: _TypeAlias = _typing.Literal["_cost_usd", b"_cost_usd"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost_usd) -> _WhichOneofReturnType__cost_usd | None: ...
+
+Global___GenerationUsage: _TypeAlias = GenerationUsage  # noqa: Y015

@@ -1,0 +1,508 @@
+"""The OpenAI-compatible API that generation asks: one question, one answer, whatever happens on the way.
+
+The only importer of `openai`, and late: the server only probes. The client's own retries are off, as they cap
+`Retry-After` and repeat what an empty account refuses. Here what may heal is repeated within bounds, a rate limit that
+one thread meets holds back all of them, and what cannot heal ends everything at once. Nothing here knows plans.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import math
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
+
+from knowledge_engine.catalogue import parse_json
+from knowledge_engine.core import GenerationProvider
+from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, StateError, UpstreamError
+from knowledge_engine.settings import Settings
+
+if TYPE_CHECKING:
+    import openai
+
+MAX_ANSWER_CHARACTERS = 64 * 1024
+_MAX_BODY_BYTES = 1024 * 1024
+# About ten times the longest conversation that was ever planned; bounds what one runaway reply can cost.
+_MAX_COMPLETION_TOKENS = 4096
+# A longer wait is no wait: the job ends and says when to come back.
+_MAX_WAIT_SECONDS = 600.0
+_PROBE_SECONDS = 5.0
+_MONEY_CODES = frozenset(
+    {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"}
+)
+_FILTER_CODES = frozenset({"content_filter", "content_policy_violation"})
+_RETRIED = frozenset({408, 409, 429})
+
+
+class Closed(Exception):
+    """The client was closed, or another thread met something that cannot heal."""
+
+
+class Finish(StrEnum):
+    """How a reply ended: with content to read, or why there is none."""
+
+    STOP = "stop"
+    REFUSED = "refused"
+    CONTENT_FILTERED = "content_filtered"
+    TRUNCATED = "truncated"
+    MALFORMED = "malformed"
+
+
+_HALF = re.compile(r"[\ud800-\udfff]")
+_FINISHES = {"length": Finish.TRUNCATED, "content_filter": Finish.CONTENT_FILTERED}
+
+
+class Answer(NamedTuple):
+    """One reply; `content` is text where `finish` is STOP. Figures are the reply's own, 0 or None if it told none."""
+
+    finish: Finish
+    content: str = ""
+    model: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float | None = None
+    num_requests: int = 1
+
+
+class Patience(NamedTuple):
+    """How long one question is repeated. `silent_tries` count while no other question is answered either."""
+
+    silent_tries: int = 8
+    tries: int = 20
+    seconds: float = 600.0
+    first_wait_seconds: float = 1.0
+    longest_wait_seconds: float = 60.0
+
+
+def require_provider(settings: Settings, asked: GenerationProvider | None) -> GenerationProvider:
+    """Who will put plans into words: whom the spec names, else OpenAI where there is a key.
+
+    Raises:
+        StateError: PROVIDER_NOT_CONFIGURED.
+    """
+    if asked is None:
+        return GenerationProvider.OPENAI if settings.openai_api_key else GenerationProvider.OFFLINE
+    if asked is GenerationProvider.OPENAI and settings.openai_api_key is None:
+        raise StateError(
+            "the provider openai needs a key: set KNOWLEDGE_OPENAI_API_KEY for the service, or take provider offline",
+            reason=Reason.PROVIDER_NOT_CONFIGURED,
+            provider=asked,
+        )
+    return asked
+
+
+def probe(settings: Settings) -> None:
+    """One cheap look at the API, a few seconds at most; asks no model and costs nothing.
+
+    Raises:
+        CredentialsError: UPSTREAM_CREDENTIALS; UpstreamError: OPENAI_UNAVAILABLE.
+    """
+    import httpx2
+
+    headers = {"authorization": f"Bearer {_key(settings)}"}
+    try:
+        with (
+            httpx2.Client(timeout=_PROBE_SECONDS) as client,
+            client.stream("GET", f"{settings.openai_base_url}/models", headers=headers) as response,
+        ):
+            status = response.status_code
+    except httpx2.HTTPError as error:
+        raise _unavailable(settings, _described(error)) from None
+    if status in {401, 403}:
+        raise _credentials(settings, status)
+    if status >= 500:
+        raise _unavailable(settings, f"answered {status}")
+    if 300 <= status < 400:
+        raise _unavailable(settings, f"answered {status}, a redirect; give KNOWLEDGE_OPENAI_BASE_URL its real address")
+
+
+class ChatClient:
+    """Asks one model; safe to use from many threads. `close` ends every wait at once."""
+
+    def __init__(self, settings: Settings, patience: Patience = Patience()) -> None:  # noqa: B008 - immutable
+        """Raises StateError: PROVIDER_NOT_CONFIGURED; CredentialsError: UPSTREAM_CREDENTIALS."""
+        require_provider(settings, GenerationProvider.OPENAI)
+        key = _key(settings)
+        import httpx2
+        import openai
+
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would write a line for every request
+        self._settings = settings
+        self._patience = patience
+        self._gate = _Gate(settings.openai_max_concurrency)
+        timeout = httpx2.Timeout(settings.openai_timeout_seconds, connect=min(10.0, settings.openai_timeout_seconds))
+        self._client = openai.OpenAI(
+            api_key=key,
+            base_url=settings.openai_base_url,
+            max_retries=0,
+            timeout=timeout,
+            # Redirects are not followed: the key goes to the configured host and to no other.
+            http_client=httpx2.Client(
+                timeout=timeout,
+                follow_redirects=False,
+                limits=httpx2.Limits(max_connections=settings.openai_max_concurrency + 1),
+            ),
+        )
+        # What not every API takes: sent until it is refused. Replaced as a whole, since many threads read it.
+        self._options: Sequence[str] = ("max_completion_tokens", "seed")
+        self._lock = threading.Lock()
+        self.num_requests = 0
+        self.num_retries = 0
+
+    @property
+    def failure(self) -> KnowledgeEngineError | None:
+        """What cannot heal; once there is one, nothing is asked any more."""
+        return self._gate.failure
+
+    @property
+    def is_closed(self) -> bool:
+        return self._gate.is_closed
+
+    def close(self) -> None:
+        """Ends every wait; a request under way is abandoned."""
+        self._gate.close(None)
+        self._client.close()
+
+    def ask(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any], seed: int) -> Answer:
+        """The model's reply to `messages`, asked for as JSON of `schema`. Blocks, over failures that may heal.
+
+        Raises:
+            Closed: the client was closed meanwhile.
+            CredentialsError: UPSTREAM_CREDENTIALS.
+            StateError: OPENAI_QUOTA_EXHAUSTED, OPENAI_REQUEST_REFUSED.
+            UpstreamError: OPENAI_UNAVAILABLE, OPENAI_RATE_LIMITED.
+        """
+        started = time.monotonic()
+        tries = silent = num_answers = 0
+        while True:
+            self._gate.enter()
+            self._count(is_retry=tries > 0)
+            tries += 1
+            try:
+                answer = self._request(messages, schema, seed)
+            except _Unsupported as option:
+                self._gate.leave()
+                self._options = [name for name in self._options if name != str(option)]
+            except _Trouble as trouble:
+                silent = silent + 1 if num_answers == self._gate.num_answers else 1
+                num_answers = self._gate.num_answers
+                wait = self._wait(trouble, tries)
+                gives_up = (
+                    silent >= self._patience.silent_tries
+                    or tries >= self._patience.tries
+                    or wait > _MAX_WAIT_SECONDS
+                    or time.monotonic() + wait - started > self._patience.seconds
+                )
+                if gives_up:
+                    raise self._fail(self._given_up(trouble, tries)) from None
+                self._gate.leave(trouble, wait)
+                self._gate.pause(wait)
+            except KnowledgeEngineError as error:
+                raise self._fail(error) from None
+            except BaseException:
+                self._gate.leave()
+                raise
+            else:
+                self._gate.leave(answer)
+                return answer._replace(num_requests=tries)
+
+    # --- one request ----------------------------------------------------------------------------------------------
+
+    def _request(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any], seed: int) -> Answer:
+        import httpx2
+        import openai
+
+        options = {name: seed if name == "seed" else _MAX_COMPLETION_TOKENS for name in self._options}
+        wanted = {"name": "conversation", "strict": True, "schema": schema}
+        asked: Any = {
+            "model": self._settings.openai_model,
+            "messages": list(messages),
+            "response_format": {"type": "json_schema", "json_schema": wanted},
+            **options,
+        }
+        try:
+            with self._client.chat.completions.with_streaming_response.create(**asked) as response:
+                body = self._body(response.http_response)
+        except openai.APIStatusError as error:
+            return self._refused(error, options)
+        except (openai.APIConnectionError, httpx2.HTTPError) as error:
+            if self._gate.is_closed:
+                raise Closed from None
+            raise _Trouble(_described(error.__cause__ or error)) from None
+        return _read(body, self._cost)
+
+    def _body(self, response: Any) -> bytes | None:
+        """The whole body, in bounded time and memory; None when it is too long for any conversation."""
+        deadline = time.monotonic() + self._settings.openai_timeout_seconds
+        body = bytearray()
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > _MAX_BODY_BYTES:
+                return None
+            if time.monotonic() > deadline:
+                raise _Trouble("sent its reply too slowly")
+        return bytes(body)
+
+    def _refused(self, error: openai.APIStatusError, options: Mapping[str, int]) -> Answer:
+        """What a status other than 2xx means: something to repeat, something that ends all, or a filtered prompt."""
+        status = error.status_code
+        details = error.body if isinstance(error.body, dict) else {"message": error.body}
+        codes = {str(details.get(field)) for field in ("code", "type")}
+        said = self._cleaned(details.get("message"))
+        if codes & _MONEY_CODES or status == 402:
+            raise StateError(
+                f"{self._where} has no money left for this key ({said or status}); top up the account or raise its "
+                "limit, then generate again",
+                reason=Reason.OPENAI_QUOTA_EXHAUSTED,
+                status=status,
+            )
+        if status in {401, 403}:
+            raise _credentials(self._settings, status)
+        if status in _RETRIED or status >= 500:
+            raise _Trouble(f"answered {status}", _retry_after(error.response.headers), is_limit=status == 429)
+        if codes & _FILTER_CODES:
+            return Answer(Finish.CONTENT_FILTERED)
+        for option in options:
+            if status in {400, 422} and (details.get("param") == option or f"'{option}'" in said):
+                raise _Unsupported(option)
+        raise StateError(
+            f"{self._where} refused the request ({status}{': ' if said else ''}{said}); {_advice(status)}",
+            reason=Reason.OPENAI_REQUEST_REFUSED,
+            status=status,
+            model=self._settings.openai_model,
+        )
+
+    def _cost(self, usage: Mapping[str, Any], prompt_tokens: int, completion_tokens: int) -> float | None:
+        """US dollars of one reply: by the operator's prices, else as the reply tells; never guessed."""
+        per_input, per_output = self._settings.openai_input_price, self._settings.openai_output_price
+        if per_input is not None and per_output is not None:
+            return (prompt_tokens * per_input + completion_tokens * per_output) / 1e6
+        told = usage.get("cost")
+        if isinstance(told, bool) or not isinstance(told, int | Decimal) or not 0 <= told < 1e6:
+            return None
+        return float(told)
+
+    # --- repeating ------------------------------------------------------------------------------------------------
+
+    def _count(self, *, is_retry: bool) -> None:
+        with self._lock:
+            self.num_requests += 1
+            self.num_retries += is_retry
+
+    def _wait(self, trouble: _Trouble, tries: int) -> float:
+        """Exponential with full jitter, but never less than what the service asked for."""
+        longest = min(self._patience.longest_wait_seconds, self._patience.first_wait_seconds * 2 ** (tries - 1))
+        wait = random.uniform(0, longest)  # noqa: S311 - no secret
+        if trouble.retry_after is not None:
+            # A little more, so that those who were told the same do not all come at once.
+            wait = max(wait, trouble.retry_after + random.uniform(0, min(1.0, longest)))  # noqa: S311
+        return wait
+
+    def _given_up(self, trouble: _Trouble, tries: int) -> UpstreamError:
+        if trouble.is_limit:
+            return UpstreamError(
+                f"{self._where} limits how often this key may ask, and {tries} tries were in vain; generate again "
+                "later, with a smaller KNOWLEDGE_OPENAI_MAX_CONCURRENCY or a higher limit",
+                reason=Reason.OPENAI_RATE_LIMITED,
+                retry_after_seconds=trouble.retry_after,
+                tries=tries,
+            )
+        return _unavailable(self._settings, f"{trouble}, and {tries} tries were in vain", trouble.retry_after)
+
+    def _fail(self, error: KnowledgeEngineError) -> KnowledgeEngineError:
+        self._gate.close(error)
+        return error
+
+    @property
+    def _where(self) -> str:
+        return self._settings.openai_base_url
+
+    def _cleaned(self, text: object) -> str:
+        """What an upstream said, short, on one line and without our key in any form."""
+        if not isinstance(text, str) or text.lstrip().startswith("<"):  # a page for people
+            return ""
+        key = _key(self._settings)
+        for secret in (key, quote(key, safe=""), base64.b64encode(key.encode()).decode().rstrip("=")):
+            text = text.replace(secret, "***")
+        text = re.sub(r"\bsk-[\w*-]+", "***", text)
+        return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
+
+
+class _Trouble(Exception):
+    """Something that may heal; its text completes the sentence "the service ...". `retry_after` in seconds."""
+
+    def __init__(self, what: str, retry_after: float | None = None, *, is_limit: bool = False) -> None:
+        super().__init__(what)
+        self.retry_after = retry_after
+        self.is_limit = is_limit
+
+
+class _Unsupported(Exception):
+    """The API does not know an option that we can do without."""
+
+
+class _Gate:
+    """Who may ask now. It opens one by one: the first question goes alone, every answer lets one more in beside it,
+    and a rate limit halves them and shuts everybody out for the time the service asks for."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._changed = threading.Condition()
+        self._limit = 1
+        self._inside = 0
+        self._opens = 0.0
+        self.is_closed = False
+        self.failure: KnowledgeEngineError | None = None
+        self.num_answers = 0
+
+    def enter(self) -> None:
+        """Raises Closed."""
+        with self._changed:
+            while not self.is_closed:
+                shut = self._opens - time.monotonic()
+                if shut <= 0 and self._inside < self._limit:
+                    self._inside += 1
+                    return
+                self._changed.wait(shut if shut > 0 else None)
+        raise Closed
+
+    def leave(self, outcome: Answer | _Trouble | None = None, wait: float = 0) -> None:
+        with self._changed:
+            self._inside -= 1
+            if isinstance(outcome, Answer):
+                self.num_answers += 1
+                self._limit = min(self._width, self._limit + 1)
+            elif outcome is not None and (outcome.is_limit or outcome.retry_after is not None):
+                self._limit = max(1, self._limit // 2)
+                self._opens = max(self._opens, time.monotonic() + wait)
+            self._changed.notify_all()
+
+    def pause(self, seconds: float) -> None:
+        """Raises Closed."""
+        with self._changed:
+            if self._changed.wait_for(lambda: self.is_closed, seconds):
+                raise Closed
+
+    def close(self, failure: KnowledgeEngineError | None) -> None:
+        """The first failure counts."""
+        with self._changed:
+            if not self.is_closed:
+                self.failure = failure
+            self.is_closed = True
+            self._changed.notify_all()
+
+
+# --- reading a reply ----------------------------------------------------------------------------------------------
+
+
+def _read(body: bytes | None, cost_of: Callable[[Mapping[str, Any], int, int], float | None]) -> Answer:
+    """A 2xx body, believed in nothing: what is no completion is MALFORMED, whatever else it is."""
+    try:
+        reply = parse_json((body or b"").decode())
+    except ValueError:
+        return Answer(Finish.MALFORMED)
+    if not isinstance(reply, dict):
+        return Answer(Finish.MALFORMED)
+    usage = reply.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    prompt_tokens, completion_tokens = _tokens(usage, "prompt_tokens"), _tokens(usage, "completion_tokens")
+    model = reply.get("model")
+    told = Answer(
+        Finish.MALFORMED,
+        model=model if isinstance(model, str) and len(model) <= 200 and model.isprintable() else "",
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        cost_usd=cost_of(usage, prompt_tokens, completion_tokens),
+    )
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        return told
+    finish = _FINISHES.get(str(choice.get("finish_reason")))
+    if message.get("refusal"):
+        finish = Finish.REFUSED
+    if finish is not None:
+        return told._replace(finish=finish)
+    content = message.get("content")
+    if not isinstance(content, str) or not content or len(content) > MAX_ANSWER_CHARACTERS or _HALF.search(content):
+        return told
+    return told._replace(finish=Finish.STOP, content=content)
+
+
+def _tokens(usage: Mapping[str, Any], name: str) -> int:
+    count = usage.get(name)
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**31 else 0
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the service asks to wait for, from `retry-after-ms` or `Retry-After`; None where it asks nothing."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        if math.isfinite(seconds) and seconds >= 0:
+            return seconds
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _described(error: BaseException) -> str:
+    """A failed connection as the rest of the sentence "the service ..."; never the error's own words."""
+    import httpx2
+
+    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+        return "cannot be reached"
+    if isinstance(error, httpx2.TimeoutException):
+        return "did not answer in time"
+    return "broke the connection off"
+
+
+def _advice(status: int) -> str:
+    if status == 404:
+        return "set KNOWLEDGE_OPENAI_MODEL to a model it has, or KNOWLEDGE_OPENAI_BASE_URL to where its API begins"
+    if 300 <= status < 400:
+        return "it is a redirect; give KNOWLEDGE_OPENAI_BASE_URL its real address"
+    return "set KNOWLEDGE_OPENAI_MODEL to a chat model with JSON-schema output (structured outputs)"
+
+
+def _key(settings: Settings) -> str:
+    """Raises CredentialsError: a key that no header can carry."""
+    assert settings.openai_api_key is not None
+    key = settings.openai_api_key.get_secret_value()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise CredentialsError(
+            "KNOWLEDGE_OPENAI_API_KEY is no key: it holds a space or something that is not printable ASCII",
+            reason=Reason.UPSTREAM_CREDENTIALS,
+            service="openai",
+        )
+    return key
+
+
+def _unavailable(settings: Settings, what: str, retry_after: float | None = None) -> UpstreamError:
+    return UpstreamError(
+        f"{settings.openai_base_url} {what}; see whether it is up and KNOWLEDGE_OPENAI_BASE_URL right, and try again",
+        reason=Reason.OPENAI_UNAVAILABLE,
+        retry_after_seconds=retry_after,
+    )
+
+
+def _credentials(settings: Settings, status: int) -> CredentialsError:
+    return CredentialsError(
+        f"{settings.openai_base_url} refused our key ({status}); put a valid one into KNOWLEDGE_OPENAI_API_KEY",
+        reason=Reason.UPSTREAM_CREDENTIALS,
+        service="openai",
+        status=status,
+    )

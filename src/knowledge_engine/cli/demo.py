@@ -30,6 +30,7 @@ from knowledge_engine.core import (
     Dataset,
     DatasetKind,
     DifficultyLevel,
+    GenerationProvider,
     GenerationResult,
     GenerationSpec,
     Job,
@@ -130,7 +131,7 @@ def run_demo(settings: Settings, *, serve: bool, online: bool, as_json: bool) ->
         with stop_signals(), PeakMemory() as memory, _service_log(real) as log:
             _prepare_base(real, log, talk)
             with _service(real, log, talk) as service, _client(service.settings) as client:
-                learned = _learn(client, talk)
+                learned = _learn(client, real, talk)
                 _compare(client, real, learned.version, talk)
                 _answer(client, talk)
                 summary = _summary(learned, time.monotonic() - started, memory.peak_bytes)
@@ -162,7 +163,10 @@ def _private(settings: Settings, online: bool, talk: Talk) -> Settings:
         raise InvalidSpecError(message, reason=Reason.SETTINGS_INVALID)
     else:
         tracker = "goes to W&B" if settings.wandb_api_key else "stays offline (KNOWLEDGE_WANDB_API_KEY is not set)"
-        talk(f"--online: the run's tracking {tracker}; conversations are generated offline in this release")
+        words = f"come from {settings.openai_model} at {settings.openai_base_url}, which costs money"
+        if settings.openai_api_key is None:
+            words = "are generated offline (KNOWLEDGE_OPENAI_API_KEY is not set)"
+        talk(f"--online: the run's tracking {tracker}; conversations {words}")
     return settings.model_copy(update=update)
 
 
@@ -234,13 +238,15 @@ def _client(settings: Settings) -> Client:
 # --- the story ----------------------------------------------------------------------------------------------------
 
 
-def _learn(client: Client, talk: Talk) -> _Learned:
+def _learn(client: Client, settings: Settings, talk: Talk) -> _Learned:
     """Catalogue, conversations, model: each made unless it is there."""
     catalogue = _upload_catalogue(client, talk)
     conversations = _find(lambda: client.get_dataset(CONVERSATIONS))
     if conversations is None:
         talk(f"Generating {GENERATION.num_conversations} training conversations about its products ...")
-        job = _unfinished(client, CONVERSATIONS) or client.create_generation_job(GENERATION)
+        provider = GenerationProvider.OPENAI if settings.openai_api_key else GenerationProvider.OFFLINE
+        spec = GENERATION.model_copy(update={"provider": provider})
+        job = _unfinished(client, CONVERSATIONS) or client.create_generation_job(spec)
         _see_through(client, job)
         conversations = client.get_dataset(CONVERSATIONS)
     generated = client.get_job(conversations.job_id) if conversations.job_id else None
@@ -272,7 +278,8 @@ def _upload_catalogue(client: Client, talk: Talk) -> Dataset:
 def _tell_conversations(conversations: Dataset, job: Job | None, catalogue: Dataset, talk: Talk) -> None:
     rejected = ""
     if job is not None and isinstance(job.result, GenerationResult):
-        rejected = f", {job.result.num_rejected} rejected by the checks"
+        words = "generated offline" if not job.result.language_model else f"written by {job.result.language_model}"
+        rejected = f", {words}, {job.result.num_rejected} rejected by the checks"
     if catalogue.digest not in conversations.parents:
         rejected += ", from another catalogue"
     talk(f"Conversations: {conversations.num_rows}{rejected}")

@@ -152,6 +152,11 @@ def test_health() -> None:
     assert "overall" in call("health").stdout
 
 
+@pytest.mark.parametrize("words", [("--only", "server"), ("--local", "--server", "127.0.0.1:1")], ids=" ".join)
+def test_health_takes_no_words_that_would_change_nothing(words: tuple[str, ...]) -> None:
+    assert "--local" in call("health", *words, code=2).stderr
+
+
 @pytest.mark.parametrize("key", ["", "a-key-nobody-knows"], ids=["missing", "unknown"])
 def test_bad_key_is_exit_code_8(service: Service, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KNOWLEDGE_API_KEY", key)

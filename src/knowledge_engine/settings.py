@@ -132,7 +132,7 @@ class Settings(BaseSettings):
         for entry in filter(None, (part.strip() for part in value.split(","))):
             slug, separator, source = entry.partition("=")
             if not separator or not source or not is_name(slug) or slug == BASE:
-                raise ValueError(f"write slug=folder,slug=folder; {entry!r} is not one, or its slug is no free name")
+                raise ValueError(f"write slug=folder,slug=org/name; {entry!r} is not one, or its slug is no free name")
             bases[slug] = source
         return bases
 
@@ -217,7 +217,7 @@ _ALIASES = frozenset(
 )
 """Names that other tools give to the same things."""
 
-CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY"})
+CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY", "KNOWLEDGE_ONLY"})
 """Read by the command line and other clients, not by the service."""
 
 

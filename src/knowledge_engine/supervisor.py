@@ -134,7 +134,7 @@ class Supervisor:
     def _await_answers(self) -> None:
         """Until the gateway says that the server serves; it asks it over gRPC."""
         deadline = time.monotonic() + START_SECONDS
-        while not (_listens(self.settings.grpc_address) and _is_healthy(self.settings.http_address)):
+        while not (_listens(self.settings.grpc_address) and is_healthy(self.settings.http_address)):
             for part in self._parts.values():
                 if part.process is not None and (code := part.process.poll()) is not None:
                     message = f"the {part.name} {_describe(code)} while it started; its log says why"
@@ -296,7 +296,7 @@ def _listens(address: str) -> bool:
     return True
 
 
-def _is_healthy(address: str) -> bool:
+def is_healthy(address: str) -> bool:
     """Whether the gateway answers, and for a server that serves; what the model does is no matter."""
     connection = http.client.HTTPConnection(*split_address(reachable(address)), timeout=5)
     try:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from knowledge_engine.cli.output import JsonOption, ServerOption, connect, print_json, print_table
 
+if TYPE_CHECKING:
+    from knowledge_engine.settings import Settings
+
+Part = Literal["server", "engine", "gateway"]
+
+_SERVING, _NOT_SERVING = "SERVING", "NOT_SERVING"
+_ENGINE_LOOKS = 60  # 50 ms apart; a ready engine says so within a few
+
 
 def serve(
     only: Annotated[
-        Literal["server", "engine", "gateway"] | None, typer.Option(help="Run this part alone, unsupervised.")
+        Part | None, typer.Option(help="Run this part alone, unsupervised.", envvar="KNOWLEDGE_ONLY")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the addresses as JSON on stdout, once ready.")] = False,
 ) -> None:
@@ -37,15 +46,67 @@ def demo(
     raise typer.Exit(run_demo(load_settings(), serve=serve, online=online, as_json=json))
 
 
-def health(json: JsonOption = False, server: ServerOption = None) -> None:
+def health(
+    context: typer.Context,
+    json: JsonOption = False,
+    server: ServerOption = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Ask what `serve` runs here with these settings: for health checks.")
+    ] = False,
+    only: Annotated[
+        Part | None, typer.Option(help="With --local: ask the part that runs here alone.", envvar="KNOWLEDGE_ONLY")
+    ] = None,
+) -> None:
     """Ask whether the service is healthy; exit code 0 only if it is."""
-    with connect(server) as client:
-        statuses = client.health()
-    is_healthy = statuses[""] == "SERVING"
+    if local and server is not None:
+        raise typer.BadParameter("--local asks the addresses of the settings; leave --server out")
+    if only is not None and not local:
+        if (source := context.get_parameter_source("only")) is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter("--only goes with --local")
+    if local:
+        from knowledge_engine.settings import load_settings
+
+        statuses = _local_health(load_settings(), only)
+    else:
+        with connect(server) as client:
+            statuses = client.health()
     services = {name: status for name, status in statuses.items() if name}
     if json:
         print_json({"status": statuses[""], "services": services})
     else:
         print_table(("SERVICE", "STATUS"), [("overall", statuses[""]), *services.items()])
-    if not is_healthy:
+    if statuses[""] != _SERVING:
         raise typer.Exit(1)
+
+
+def _local_health(settings: Settings, only: Part | None) -> dict[str, str]:
+    """As `Client.health`, with the gateway and the engine where they are asked themselves."""
+    from knowledge_engine.supervisor import is_healthy, reachable
+
+    if only == "engine":
+        word = _SERVING if asyncio.run(_engine_is_ready(settings)) else _NOT_SERVING
+        return {"": word, "Engine": word}
+    statuses = {"": _SERVING}
+    if only != "gateway":
+        with connect(reachable(settings.grpc_address)) as client:
+            statuses = client.health()
+    if only != "server":
+        statuses["Gateway"] = _SERVING if is_healthy(settings.http_address) else _NOT_SERVING
+        if statuses["Gateway"] != _SERVING:
+            statuses[""] = _NOT_SERVING
+    return statuses
+
+
+async def _engine_is_ready(settings: Settings) -> bool:
+    from knowledge_engine.inference.client import EngineClient, socket_path
+
+    engine = EngineClient(socket_path(settings))
+    await engine.start()
+    try:
+        for _ in range(_ENGINE_LOOKS):
+            if engine.status.state != "down":
+                break
+            await asyncio.sleep(0.05)
+        return engine.status.state == "ready"
+    finally:
+        await engine.close()

@@ -2,20 +2,30 @@
 
 The only importer of wandb, and a late one: it takes seconds. A tracker never raises into training and never blocks it:
 a thread of its own does all the talking, starting and finishing wait only so long, and trouble ends as one warning. It
-sends what it is given and the job's spec; no argv, environment, code, host or console output.
+sends what it is given and the job's spec; no argv, environment, code, host or console output. What is promised here is
+no operator's to change by accident: W&B's own environment variables and settings files do not count.
+
+A job has one run, named by its id, over all its attempts. It ends there as the job ends; an attempt that is interrupted
+leaves it preempted, one that dies leaves it open, and the next attempt goes on with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from knowledge_engine.core import Job, JobState, TrackerRun
+import httpx2
+import psutil
+
+from knowledge_engine.core import Job, JobState, JobStopped, Service, TrackerRun
+from knowledge_engine.errors import CredentialsError, Reason, UpstreamError
 from knowledge_engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,11 +39,24 @@ UNAVAILABLE = "TRACKER_UNAVAILABLE"
 _ONLINE_START_SECONDS = 20
 _OFFLINE_START_SECONDS = 40  # seconds of imports, on a busy machine
 _FINISH_SECONDS = 30
+_PROBE_SECONDS = 5
+_FLUSH_SECONDS = 1.0  # what a killed worker may lose of its run's file
 _MAX_WAITING_METRICS = 10_000
+_POSITION_FILE = "position"
+_OWN_ENDS = (JobState.SUCCEEDED, JobState.FAILED)
 _FOLDERS = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR")
 
 Warn = Callable[[str, str], None]
 """Takes a reason and a sentence; `JobContext.warn` is one."""
+Observe = Callable[[Service, str | None], None]
+"""Takes how work with a service went; `JobContext.observe` is one."""
+
+
+class _Position(NamedTuple):
+    """The last optimizer step of a run that was told, and how many rows its history has."""
+
+    step: int
+    num_rows: int
 
 
 class Tracker:
@@ -42,35 +65,85 @@ class Tracker:
     run: TrackerRun | None
     """None when there is none: what is logged then goes nowhere, as a warning has said."""
 
-    def __init__(self, settings: Settings, job: Job, work_dir: Path, warn: Warn, online_start_seconds: float) -> None:
+    def __init__(
+        self, settings: Settings, job: Job, work_dir: Path, warn: Warn, observe: Observe, online_start_seconds: float
+    ) -> None:
         self.run = None
         self._settings = settings
         self._job = job
         self._folder = work_dir / "tracking"
         self._warn = warn
+        self._observe = observe
         self._warned = False
         self._online_start_seconds = online_start_seconds
         self._trouble: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._metrics: queue.Queue[dict[str, float] | JobState] = queue.Queue(_MAX_WAITING_METRICS)
         self._started = threading.Event()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="tracker", daemon=True)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Hands over metrics of an optimizer step; returns at once."""
         self._put({**metrics, "train/global_step": step})
 
-    def finish(self, state: JobState) -> None:
-        """Ends the run in the job's state, within half a minute; only SUCCEEDED counts as a success there."""
+    def finish(self, state: JobState | None, check: Callable[[], None] | None = None) -> None:
+        """Ends the run as the job ends: SUCCEEDED is a success there, FAILED and CANCELLED are none, and QUEUED, after
+        an interruption, leaves it preempted. None says nothing there: another attempt has the run by now.
+
+        Waits half a minute at most, less where the worker must be quick to end, and no longer once `check` raises
+        JobStopped: what was not sent by then stays in the job's folder.
+        """
+        if state is None:
+            self._let_go()
+            return
         self._put(state)
-        self._thread.join(_FINISH_SECONDS)
-        if self._thread.is_alive():
-            self._trouble.put("W&B did not finish in time; what it has not sent stays in the job's folder")
+        in_time = self._wait(self._patience(state), check if state in _OWN_ENDS else None)
+        if not in_time:
+            self._trouble.put(
+                "W&B did not finish in time; what it has not sent stays in the job's folder, to be synced"
+            )
         self._tell()
+        is_online = self.run is not None and bool(self.run.url)
+        if not in_time or (is_online and self._warned):
+            self._let_go()
+        elif is_online:
+            self._observe(Service.TRACKER, None)
+
+    def _patience(self, state: JobState) -> float:
+        """Of the time that a cancelled or interrupted worker has before it is killed, half is for the rest."""
+        match state:
+            case JobState.CANCELLED:
+                return self._settings.cancel_grace_seconds / 2
+            case JobState.QUEUED:
+                return min(_FINISH_SECONDS, self._settings.drain_seconds / 2)
+        return _FINISH_SECONDS
+
+    def _wait(self, seconds: float, check: Callable[[], None] | None) -> bool:
+        """Until W&B has finished; False when there is no more time for it."""
+        deadline = time.monotonic() + seconds
+        while not self._over.wait(min(0.2, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            if check is not None:
+                try:
+                    check()
+                except JobStopped:
+                    return False
+        return True
+
+    def _let_go(self) -> None:
+        """Ends W&B's own process: it would hold up the end of ours, and say there that the run is over."""
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if process.name().startswith("wandb-core"):
+                    process.kill()
 
     def _start(self) -> None:
         self._thread.start()
         if not self._started.wait(self._online_start_seconds + _OFFLINE_START_SECONDS):
             self._trouble.put("W&B does not start; this job may go untracked")
+        if self.run is not None and self.run.url:
+            self._observe(Service.TRACKER, None)
         self._tell()
 
     def _put(self, item: dict[str, float] | JobState) -> None:
@@ -89,6 +162,8 @@ class Tracker:
             if not self._warned:
                 self._warned = True
                 self._warn(UNAVAILABLE, sentence)
+                if self._settings.wandb_api_key is not None:
+                    self._observe(Service.TRACKER, sentence)
 
     # --- in the tracker's own thread ------------------------------------------------------------------------------
 
@@ -96,48 +171,80 @@ class Tracker:
         try:
             run = self._open()
             self.run = TrackerRun(id=run.id, url="" if run.offline else run.url or "")
+            last = self._read_position(run)
+            run.summary["state"] = JobState.RUNNING.value
             self._started.set()
             while not isinstance(item := self._metrics.get(), JobState):
-                run.log(item)
-            run.summary["state"] = item.value
-            run.finish(exit_code=0 if item is JobState.SUCCEEDED else 1)
+                if item["train/global_step"] < last.step:
+                    continue  # an earlier attempt has told it
+                run.log(item, step=last.num_rows if run.offline else None, commit=True)
+                last = _Position(int(item["train/global_step"]), last.num_rows + 1)
+                if run.offline:
+                    self._write_position(last)
+            self._end(run, item)
         # Whatever a tracker throws, training must go on; the sentence names the kind, never values.
         except Exception as error:
-            self._trouble.put(f"W&B failed ({type(error).__name__}); this job goes on untracked")
+            self._trouble.put(f"W&B failed ({type(error).__name__}); what it has not sent stays in the job's folder")
         finally:
             self._started.set()
+            self._over.set()
+
+    def _read_position(self, run: wandb.Run) -> _Position:
+        """How far the job's earlier attempts came: W&B knows, and for offline ones a file beside them."""
+        if not run.offline:
+            summary: Mapping[str, Any] = dict(run.summary)
+            return _Position(int(summary.get("train/global_step") or 0), 0)
+        try:
+            step, num_rows = (self._folder / _POSITION_FILE).read_text(encoding="ascii").split()
+            return _Position(int(step), int(num_rows))
+        except (FileNotFoundError, ValueError):
+            return _Position(0, 0)
+
+    def _write_position(self, position: _Position) -> None:
+        new = self._folder / f"{_POSITION_FILE}.new"
+        new.write_text(f"{position.step} {position.num_rows}", encoding="ascii")
+        new.replace(self._folder / _POSITION_FILE)
+
+    def _end(self, run: wandb.Run, state: JobState) -> None:
+        run.summary["state"] = state.value
+        if state is JobState.QUEUED:
+            run.mark_preempting()  # its end is then no end: the run waits to be gone on with
+        run.finish(exit_code=0 if state is JobState.SUCCEEDED else 1)
 
     def _open(self) -> wandb.Run:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            del os.environ[name]  # another run's id, another mode, tags, notes: whatever W&B reads there
         os.environ.update(dict.fromkeys(_FOLDERS, str(self._folder)))
+        os.environ["WANDB_SILENT"] = "true"
         # Its reports about itself; where its server is silent they hold up the end of the process for 20 s.
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         if self._settings.wandb_api_key is not None:
             try:
                 return self._init("online")
             except Exception as error:
-                self._trouble.put(
-                    f"W&B cannot be reached ({type(error).__name__}); tracking offline, to be synced later"
-                )
+                self._trouble.put(f"{_refusal(error)}; tracking offline, to be synced later")
+                self._let_go()  # it would not let go of the run's id
         return self._init("offline")
 
-    def _init(self, mode: str) -> wandb.Run:
+    def _init(self, mode: Literal["online", "offline"]) -> wandb.Run:
         import wandb
 
-        wandb.teardown()  # the service of a failed first try would not let go of the run's id
+        with contextlib.suppress(Exception, SystemExit):  # of the failed first try, whose process was ended
+            wandb.teardown()
         key = self._settings.wandb_api_key
-        options: dict[str, Any] = {"api_key": key.get_secret_value()} if mode == "online" and key is not None else {}
         run = wandb.init(
             project=self._settings.wandb_project,
             entity=self._settings.wandb_entity,
             id=self._job.id,
             name=self._job.id,
             config={"job": self._job.id, "kind": self._job.kind.value, **self._job.spec.model_dump(mode="json")},
-            mode="online" if mode == "online" else "offline",
-            # A second attempt of the job goes on with its run; offline the two are joined when synced.
+            mode=mode,
+            # A later attempt of the job goes on with its run; offline the two are joined when synced.
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(
-                **options,
+                api_key=key.get_secret_value() if mode == "online" and key is not None else None,
+                base_url=self._settings.wandb_base_url,
                 root_dir=str(self._folder),
                 console="off",
                 silent=True,
@@ -150,18 +257,90 @@ class Tracker:
                 x_disable_stats=True,
                 x_disable_machine_info=True,
                 x_save_requirements=False,
+                x_transaction_log_flush_interval=_FLUSH_SECONDS,
                 init_timeout=self._online_start_seconds,
                 login_timeout=self._online_start_seconds,
                 finish_timeout=_FINISH_SECONDS - 5,
+                finish_timeout_raises=True,
+                stop_fn=_stop_pressed,
             ),
         )
+        wandb.termsetup(run.settings, _Terminal(self._trouble))
         run.define_metric("train/global_step")
         run.define_metric("*", step_metric="train/global_step", step_sync=True)
         return run
 
 
+def _stop_pressed() -> None:
+    """In place of W&B's own answer to its stop button, which is to interrupt this process."""
+    _LOG.warning("someone pressed stop at W&B; a job is stopped by cancelling it here")
+
+
+class _Terminal:
+    """Hears what W&B would print."""
+
+    def __init__(self, trouble: queue.SimpleQueue[str]) -> None:
+        self._trouble = trouble
+
+    def info(self, message: str, /) -> None:
+        _LOG.info("W&B: %s", message)
+
+    def warning(self, message: str, /) -> None:
+        _LOG.warning("W&B: %s", message)
+        if "Fatal error while uploading" in message:
+            self._trouble.put("W&B takes no more of this run's data; it stays in the job's folder, to be synced")
+
+    error = debug = warning
+
+
+def _refusal(error: Exception) -> str:
+    text = str(error)
+    if any(f"error {status}" in text for status in (401, 403)):
+        return "W&B refuses the key (KNOWLEDGE_WANDB_API_KEY)"
+    return f"W&B cannot be reached ({type(error).__name__})"
+
+
+def probe(settings: Settings) -> None:
+    """Looks whether W&B answers and knows our key; without a key there is nothing to look at.
+
+    Raises:
+        CredentialsError: UPSTREAM_CREDENTIALS.
+        UpstreamError: TRACKER_UNREACHABLE.
+    """
+    if settings.wandb_api_key is None:
+        return
+    url = settings.wandb_base_url
+    try:
+        answer = httpx2.post(
+            f"{url}/graphql",
+            json={"query": "query Viewer { viewer { id } }"},
+            auth=("api", settings.wandb_api_key.get_secret_value()),
+            timeout=_PROBE_SECONDS,
+        )
+        if answer.status_code not in (401, 403):
+            answer.raise_for_status()
+        known = answer.is_success and bool(answer.json()["data"]["viewer"])
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, LookupError, TypeError) as error:
+        raise UpstreamError(
+            f"W&B at {url} does not answer as it should ({type(error).__name__}); training goes on, tracked offline",
+            reason=Reason.TRACKER_UNREACHABLE,
+            url=url,
+            error=type(error).__name__,
+        ) from None
+    if not known:
+        raise CredentialsError(
+            f"W&B at {url} does not know our key: set KNOWLEDGE_WANDB_API_KEY to a valid one",
+            reason=Reason.UPSTREAM_CREDENTIALS,
+            url=url,
+        )
+
+
 def _log_warning(reason: str, sentence: str) -> None:
     _LOG.warning("%s: %s", reason, sentence)
+
+
+def _observe_nothing(service: Service, trouble: str | None) -> None:
+    pass
 
 
 def open_tracker(
@@ -169,13 +348,15 @@ def open_tracker(
     job: Job,
     work_dir: Path,
     warn: Warn = _log_warning,
+    observe: Observe = _observe_nothing,
     *,
     online_start_seconds: float = _ONLINE_START_SECONDS,
 ) -> Tracker:
-    """Starts tracking an attempt of a job; never raises. `warn` is told, once, if it cannot be tracked as it should.
+    """Starts tracking an attempt of a job; never raises. `warn` is told, once, if it cannot be tracked as it should,
+    `observe` how online work went.
 
     With a key, W&B has `online_start_seconds` to answer; after that the run is kept offline, to be synced later.
     """
-    tracker = Tracker(settings, job, work_dir, warn, online_start_seconds)
+    tracker = Tracker(settings, job, work_dir, warn, observe, online_start_seconds)
     tracker._start()
     return tracker

@@ -10,31 +10,39 @@ import gc
 import os
 import resource
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from knowledge_engine import modeling
-from knowledge_engine.bases import Base, prepare_base
+from knowledge_engine.bases import Base, describe_origin, prepare_base
 from knowledge_engine.core import (
     BASE,
     HeldOutComparison,
     JobContext,
     JobState,
     JobStopped,
+    ModelVersion,
     Progress,
+    Service,
     TrainingResult,
     TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets, split_conversations
+from knowledge_engine.errors import ConflictError, KnowledgeEngineError
+from knowledge_engine.hub import PHASES as HUB_PHASES
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText, Example, encode_conversations, read_template
 from knowledge_engine.tracking import Tracker, open_tracker
 from knowledge_engine.training.loop import TrainedSummary, demand_finite, evaluation_batches, train
 from knowledge_engine.training.loss import mean_loss
+from knowledge_engine.training.publishing import Kept, Trained, find_kept, fingerprint, keep, publish_patiently
 
+_TRACKED_STOPS = {"cancelled": JobState.CANCELLED, "interrupted": JobState.QUEUED}
+"""How a stopped attempt leaves the job, and so its tracked run; one that was superseded has no say."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -65,38 +73,97 @@ def run_training(context: JobContext, settings: Settings, datasets: Datasets, re
     base = _load_base_facts(context, settings, spec, device)
     material = _encode(spec, base, datasets)
     context.log(f"{len(material.train)} conversations to train on, {len(material.held_out)} held out")
-    tracker = open_tracker(settings, context.job, context.work_dir, context.warn)
+    tracker = open_tracker(settings, context.job, context.work_dir, context.warn, context.observe)
     if tracker.run is not None:
         context.track(tracker.run)
-    state = JobState.FAILED
+    state: JobState | None = JobState.FAILED
+    kept: Kept | None = None
     try:
-        folder = registry.stage(context.job.id)
-        summary = _train(context, spec, base, material, folder, tracker, device)
-        comparison = _compare(context, base, material, folder, summary.num_steps, device)
-        if comparison is not None:
-            tracker.log({"eval/loss": comparison.tuned_loss, "eval/base_loss": comparison.base_loss}, summary.num_steps)
-        result = _publish(context, spec, base, material, folder, registry, summary, comparison, device)
+        kept = _obtain(context, settings, spec, base, material, registry, tracker, device)
+        trained = kept.trained
+        if (compared := trained.comparison) is not None:
+            tracker.log({"eval/loss": compared.tuned_loss, "eval/base_loss": compared.base_loss}, trained.num_steps)
+        result = _publish(context, settings, spec, base, material, kept, registry, device)
         state = JobState.SUCCEEDED
-    except JobStopped:
-        state = JobState.CANCELLED
+    except JobStopped as stop:
+        state = _TRACKED_STOPS.get(str(stop))
+        raise
+    except ConflictError:
+        state = None
         raise
     finally:
-        tracker.finish(state)
+        if kept is not None:
+            kept.release()
+        tracker.finish(state, context.check)
     return result
 
 
-def _load_base_facts(context: JobContext, settings: Settings, spec: TrainingSpec, device: str) -> Base:
-    def report(phase: str, fraction: float) -> None:
-        context.check()
+def _obtain(
+    context: JobContext,
+    settings: Settings,
+    spec: TrainingSpec,
+    base: Base,
+    material: _Material,
+    registry: Registry,
+    tracker: Tracker,
+    device: str,
+) -> Kept:
+    """A trained and compared adapter, ready to be published: a kept one of the same training, or a new one."""
+    precision = modeling.training_precision(device, use_qlora=spec.use_qlora)
+    mark = fingerprint(spec, material.dataset_digest, base.digest, material.chat_template_digest, precision)
+    if kept := find_kept(settings, mark, context.job.id):
+        context.log(f"nothing to train: job {kept.trained.job_id} trained exactly this and could not publish it")
+        return kept
+    folder = registry.stage(context.job.id)
+    summary = _train(context, spec, base, material, folder, tracker, device)
+    comparison = _compare(context, base, material, folder, summary.num_steps, device)
+    for name in _TOKENIZER_FILES:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    (folder / "chat_template.jinja").write_text(read_template(base.folder), encoding="utf-8")
+    context.check()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    trained = Trained(job_id=context.job.id, comparison=comparison, peak_memory_bytes=peak, **asdict(summary))
+    return keep(settings, mark, folder, trained)
 
-    base = prepare_base(settings, spec.base_model, report)
+
+def _load_base_facts(context: JobContext, settings: Settings, spec: TrainingSpec, device: str) -> Base:
+    preparation = _Preparation(context)
+    try:
+        base = prepare_base(settings, spec.base_model, preparation.report)
+    except KnowledgeEngineError as error:
+        if preparation.asked_the_hub:
+            context.observe(Service.HUB, error.message)
+        raise
+    if preparation.asked_the_hub:
+        context.observe(Service.HUB, None)
+    revision = f" at {base.revision[:12]}" if base.revision else ""
     context.log(
-        f"base model {base.name}: {base.source} ({base.architecture}, {base.digest[:19]}), "
+        f"base model {base.name}: {base.source}{revision} ({base.architecture}, {base.digest[:19]}), "
         f"in {modeling.training_precision(device, use_qlora=spec.use_qlora)} on {device}"
     )
-    if base.name == BASE and settings.base_model is None and device == "cuda" and settings.huggingface_token:
-        context.log("this release downloads no models: KNOWLEDGE_BASE_MODEL is unset, so the bundled one is used")
+    if base.name == BASE and settings.base_model is None:
+        context.log(f"base model {base.name} is {describe_origin(settings)}")
     return base
+
+
+class _Preparation:
+    """Turns what `prepare_base` reports into events of the job: percent of each phase, at most one a second."""
+
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
+        self._told = ("", -1)
+        self._told_at = 0.0
+        self.asked_the_hub = False
+
+    def report(self, phase: str, fraction: float) -> None:
+        self._context.check()
+        self.asked_the_hub |= phase in HUB_PHASES
+        now = (phase, round(100 * fraction))
+        is_due = phase != self._told[0] or now[1] == 100 or time.monotonic() - self._told_at >= 1
+        if phase != "ready" and now != self._told and is_due:
+            self._told, self._told_at = now, time.monotonic()
+            self._context.report(Progress(phase=phase, step=now[1], total_steps=100))
 
 
 def _encode(spec: TrainingSpec, base: Base, datasets: Datasets) -> _Material:
@@ -162,42 +229,45 @@ def _compare(
 
 def _publish(
     context: JobContext,
+    settings: Settings,
     spec: TrainingSpec,
     base: Base,
     material: _Material,
-    folder: Path,
+    kept: Kept,
     registry: Registry,
-    summary: TrainedSummary,
-    comparison: HeldOutComparison | None,
     device: str,
 ) -> TrainingResult:
     context.report(Progress(phase="publishing"))
-    for name in _TOKENIZER_FILES:
-        if (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, folder / name)
-    (folder / "chat_template.jinja").write_text(read_template(base.folder), encoding="utf-8")
-    context.check()
-    version = registry.publish(
-        spec=spec,
-        job_id=context.job.id,
-        folder=folder,
-        base=base,
-        dataset_digest=material.dataset_digest,
-        chat_template_digest=material.chat_template_digest,
-        comparison=comparison,
-        training_precision=modeling.training_precision(device, use_qlora=spec.use_qlora),
-    )
+    trained = kept.trained
+
+    def publish() -> ModelVersion:
+        folder = registry.stage(context.job.id)
+        # Links, not copies: publishing moves its folder away, and what is kept must outlive a kill in the middle.
+        shutil.copytree(kept.folder, folder, copy_function=os.link, dirs_exist_ok=True)
+        return registry.publish(
+            spec=spec,
+            job_id=context.job.id,
+            folder=folder,
+            base=base,
+            dataset_digest=material.dataset_digest,
+            chat_template_digest=material.chat_template_digest,
+            comparison=trained.comparison,
+            training_precision=modeling.training_precision(device, use_qlora=spec.use_qlora),
+            check=context.check,
+        )
+
+    version = publish_patiently(context, settings, registry, spec.model, publish)
     return TrainingResult(
         model=version.model,
         version=version.version,
         digest=version.digest,
-        train_loss=summary.loss,
-        comparison=comparison,
-        num_steps=summary.num_steps,
-        num_tokens=summary.num_tokens,
-        tokens_per_second=summary.num_tokens / summary.seconds,
-        training_seconds=summary.seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        train_loss=trained.loss,
+        comparison=trained.comparison,
+        num_steps=trained.num_steps,
+        num_tokens=trained.num_tokens,
+        tokens_per_second=trained.num_tokens / trained.seconds,
+        training_seconds=trained.seconds,
+        peak_memory_bytes=trained.peak_memory_bytes,
     )
 
 

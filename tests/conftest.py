@@ -1,6 +1,6 @@
 """What many tests need: a tiny base, settings for a private service, a running server on a free port."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,9 @@ import pytest
 
 from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
+from knowledge_engine.storage import Bucket
+from tests.faulty_proxy import FaultyProxy, faulty_proxy
+from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, start_seaweed
 from tests.tiny import build_tiny_base
 
 
@@ -46,3 +49,44 @@ async def server(make_settings: Callable[..., Settings]) -> AsyncIterator[Runnin
 async def channel(server: RunningServer) -> AsyncIterator[grpc.aio.Channel]:
     async with grpc.aio.insecure_channel(server.address) as channel:
         yield channel
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3 server; each test takes buckets of its own."""
+    with start_seaweed(tmp_path_factory.mktemp("seaweed")) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(seaweed: Seaweed) -> Iterator[FaultyProxy]:
+    """The way to that server for tests that make it go wrong."""
+    with faulty_proxy(seaweed.endpoint) as running:
+        yield running
+
+
+@pytest.fixture
+def s3_settings(make_settings: Callable[..., Settings], seaweed: Seaweed) -> Callable[..., Settings]:
+    """Settings with a fresh bucket, the same one for every call."""
+    values = {
+        "s3_bucket": seaweed.new_bucket(),
+        "s3_endpoint_url": seaweed.endpoint,
+        "aws_region": "us-east-1",
+        "aws_access_key_id": ACCESS_KEY,
+        "aws_secret_access_key": SECRET_KEY,
+    }
+    return lambda **changes: make_settings(**values | changes)
+
+
+@pytest.fixture
+def make_bucket(s3_settings: Callable[..., Settings]) -> Iterator[Callable[..., Bucket]]:
+    """Buckets that wait no longer than a test should; arguments change their settings."""
+    opened: list[Bucket] = []
+
+    def make(**changes: Any) -> Bucket:
+        opened.append(Bucket(s3_settings(**changes), connect_seconds=1, read_seconds=1))
+        return opened[-1]
+
+    yield make
+    for bucket in opened:
+        bucket.close()

@@ -41,7 +41,7 @@ class Seaweed(NamedTuple):
 
 
 @contextmanager
-def seaweed(folder: Path) -> Iterator[Seaweed]:
+def start_seaweed(folder: Path) -> Iterator[Seaweed]:
     """Serves until the block ends; everything it stores lies in `folder`."""
     port = _free_ports(1)[0]
     process = _start(folder, port)

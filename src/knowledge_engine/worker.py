@@ -34,11 +34,13 @@ from knowledge_engine.core import (
     TrainingResult,
 )
 from knowledge_engine.datasets import Datasets
-from knowledge_engine.errors import ConflictError, KnowledgeEngineError, Reason
+from knowledge_engine.errors import ConflictError, CredentialsError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.generation.online import REPLIES
 from knowledge_engine.jobs import server_is_alive, work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings, load_settings
 from knowledge_engine.state import State
+from knowledge_engine.training.publishing import drop_kept
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
@@ -127,7 +129,7 @@ def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
         case JobKind.TRAINING:
             from knowledge_engine.training.job import run_training
 
-            return run_training(attempt, settings, datasets, Registry(settings.data_dir / "models"))
+            return run_training(attempt, settings, datasets, Registry.open(settings))
         case JobKind.GENERATION:
             from knowledge_engine.generation.pipeline import run_generation
 
@@ -171,15 +173,22 @@ def _undo(outcome: JobResult | KnowledgeEngineError, settings: Settings, state: 
     """A cancelled job leaves nothing behind, even one that was cancelled at its very last moment."""
     match outcome:
         case TrainingResult():
-            Registry(settings.data_dir / "models").delete(outcome.model, outcome.version)
+            try:
+                Registry.open(settings).delete(outcome.model, outcome.version)
+            except (UpstreamError, CredentialsError) as error:
+                _LOG.error("version %d of %r stays published: %s", outcome.version, outcome.model, error.message)
         case GenerationResult():
             Datasets(settings.data_dir / "datasets", state).delete(outcome.dataset)
 
 
 def _clean_up(settings: Settings, state: State, job: Job) -> None:
     """Takes the job's scratch away once it has ended; the workers' logs stay."""
-    Registry(settings.data_dir / "models").discard_stage(job.id)
-    if state.get_job(job.id).state.is_terminal:
+    Registry.open(settings).discard_stage(job.id)
+    ended = state.get_job(job.id).state
+    if ended in {JobState.SUCCEEDED, JobState.CANCELLED}:
+        drop_kept(settings, job.id)
+        (work_dir(settings, job.id) / REPLIES).unlink(missing_ok=True)  # a failed job keeps what was paid for
+    if ended.is_terminal:
         for path in work_dir(settings, job.id).iterdir():
             if path.is_dir() and path.name != "tracking":
                 shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from knowledge_engine.bases import check_bases
+from knowledge_engine.core import Service
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.client import EngineClient, socket_path
@@ -83,6 +85,16 @@ class RunningServer:
         self.engine: EngineClient
         self.health: Health
         self.watchman: Watchman
+        self._bucket_is_over = threading.Event()
+
+    def follow_bucket(self, registry: Registry) -> None:
+        """In a thread of its own, which nobody waits for: a bucket that hangs holds up nothing."""
+
+        def observe(trouble: str | None) -> None:
+            self._state.observe_service(Service.S3, trouble)
+
+        arguments = (observe, self._bucket_is_over)
+        threading.Thread(target=registry.follow, args=arguments, daemon=True, name="bucket").start()
 
     @property
     def address(self) -> str:
@@ -93,6 +105,7 @@ class RunningServer:
         """Health off, calls drained, jobs queued again, everything closed."""
         await self.health.enter_graceful_shutdown()
         self.watchman.stop()
+        self._bucket_is_over.set()
         await asyncio.gather(self._server.stop(self._settings.drain_seconds), self._jobs.stop())
         await self.engine.close()
         await asyncio.to_thread(self._state.close)
@@ -117,7 +130,7 @@ async def start_server(settings: Settings) -> RunningServer:
     check_bases(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = await asyncio.to_thread(State.open, settings.state_url)
-    registry = Registry(settings.data_dir / "models")
+    registry = Registry.open(settings)
     datasets = Datasets(settings.data_dir / "datasets", state)
     engine = EngineClient(socket_path(settings))
     jobs = Jobs(settings, state, registry.discard_stage)
@@ -144,6 +157,8 @@ async def start_server(settings: Settings) -> RunningServer:
     running.watchman = Watchman(settings, health, state, jobs, engine, SERVICES, INFERENCE_SERVICE)
     await engine.start()
     await running.watchman.start()
+    if registry.has_bucket:
+        running.follow_bucket(registry)
     return running
 
 

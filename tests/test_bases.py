@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,9 +82,29 @@ def test_a_folder_that_is_no_model_stops_the_start(settings: Settings, tmp_path:
     assert caught.value.reason is Reason.SETTINGS_INVALID
 
 
-def test_a_hub_name_stops_the_start(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSpecError, match=r"KNOWLEDGE_BASE_MODEL: .*hub names"):
-        check_bases(Settings(data_dir=tmp_path, base_model="meta-llama/Llama-2-7b-hf"))
+def test_a_folder_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpecError, match=r"KNOWLEDGE_BASE_MODEL: .*is no folder on this machine"):
+        check_bases(Settings(data_dir=tmp_path, base_model=str(tmp_path / "nothing")))
+
+
+def test_a_copy_with_other_times_is_still_the_same_base(settings: Settings, tmp_path: Path) -> None:
+    base = prepare_base(settings, "base", _ignore)
+    os.utime(tmp_path / "tiny" / "model.safetensors", (1, 1))
+    assert _reason(settings) is Reason.BASE_MODEL_CORRUPT
+    assert prepare_base(settings, "base", _ignore) == base
+
+
+def test_who_waits_for_another_preparation_can_stop_waiting(settings: Settings) -> None:
+    (settings.data_dir / "bases").mkdir(parents=True)
+
+    def stop(phase: str, fraction: float) -> None:
+        assert phase == "waiting"
+        raise InterruptedError
+
+    with (settings.data_dir / "bases" / ".base.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(InterruptedError):
+            prepare_base(settings, "base", stop)
 
 
 def test_processes_that_prepare_at_once_agree(settings: Settings) -> None:

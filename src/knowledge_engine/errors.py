@@ -73,6 +73,7 @@ class Reason(StrEnum):
     # CapacityError
     QUEUE_FULL = "QUEUE_FULL"
     ENGINE_BUSY = "ENGINE_BUSY"
+    DISK_FULL = "DISK_FULL"
     # UpstreamError
     ENGINE_UNAVAILABLE = "ENGINE_UNAVAILABLE"
     BASE_MODEL_LOADING = "BASE_MODEL_LOADING"

@@ -29,7 +29,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knowledge_engine.bases import prepare_base
+from knowledge_engine import hub
+from knowledge_engine.bases import Base, describe_origin, prepare_base
 from knowledge_engine.core import BASE
 from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.inference.client import LOADING_RETRY_SECONDS, RETRY_SECONDS, check_private, socket_path
@@ -80,6 +81,7 @@ class Engine:
         self._requests: set[Key] = set()
         self._numbers = itertools.count(1)
         self._last_report = 0.0
+        self._origin = ""  # where the base comes from, once that is known
         self._failed = False
 
     async def run(self, parent_pid: int | None = None) -> int:
@@ -274,7 +276,7 @@ class Engine:
             self._post(functools.partial(self._give_up, f"unexpected {type(error).__name__}; its log says more"))
 
     def _load(self) -> tuple[Scheduler, EngineStatus]:
-        base = prepare_base(self._settings, BASE, self._report)
+        base = self._prepare()
         # Here and not above: torch takes seconds to import, and the socket answers meanwhile.
         self._post(functools.partial(self._set_status, EngineStatus("loading", "loading the base model", base.digest)))
         # OpenMP's threads spin between two operations unless told not to, and read this once. Beside a training job
@@ -294,14 +296,38 @@ class Engine:
         tokenizer = ChatText.load(base).tokenizer
         scheduler = Scheduler(model, tokenizer, base.context_length, self._settings.max_active_streams)
         return scheduler, EngineStatus(
-            state="ready", base_digest=base.digest, precision=precision, context_length=base.context_length
+            state="ready",
+            detail=self._origin,
+            base_digest=base.digest,
+            precision=precision,
+            context_length=base.context_length,
         )
 
+    def _prepare(self) -> Base:
+        """The prepared base. A hub that does not answer is asked for ever: a restart would help nobody."""
+        self._origin = describe_origin(self._settings)
+        while True:
+            try:
+                return prepare_base(self._settings, BASE, self._report)
+            except UpstreamError as error:
+                if error.reason is not Reason.HUB_UNREACHABLE:
+                    raise
+                pause = error.retry_after_seconds or hub.PAUSE_SECONDS
+                _log.warning("%s; the engine asks again in %.0f s", error.message, pause)
+                detail = f"{error.message}; asking again in {pause:.0f} s"
+                self._post(functools.partial(self._set_status, EngineStatus(state="preparing", detail=detail)))
+                with contextlib.suppress(queue.Empty):
+                    self._commands.get(timeout=pause)  # before there is a model, only the end is commanded
+                    raise SystemExit from None
+
     def _report(self, phase: str, fraction: float) -> None:
+        if self._stopped.is_set():
+            raise SystemExit  # of this thread
         now = time.monotonic()
         if now - self._last_report >= STATUS_SECONDS:
             self._last_report = now
-            status = EngineStatus(state="preparing", detail=f"{phase}, {fraction:.0%}")
+            detail = f"{phase}, {fraction:.0%} ({self._origin})"
+            status = EngineStatus(state="preparing", detail=detail)
             self._post(functools.partial(self._set_status, status))
 
     def _decode(self, scheduler: Scheduler) -> None:

@@ -196,6 +196,7 @@ def _clean_up(settings: Settings, state: State, job: Job) -> None:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every conversation
     os.umask(0o077)
     job_id, attempt_number = sys.argv[1], int(sys.argv[2])
     settings = load_settings(env_file=None)

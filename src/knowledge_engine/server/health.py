@@ -19,8 +19,10 @@ import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
+from knowledge_engine import hub, storage, tracking
 from knowledge_engine.core import HEALTH_WORDS, Service, ServiceState, utc_now
 from knowledge_engine.errors import KnowledgeEngineError
+from knowledge_engine.generation import chat_client
 from knowledge_engine.inference.client import EngineClient
 from knowledge_engine.jobs import Jobs
 from knowledge_engine.settings import Settings
@@ -174,15 +176,11 @@ def find_probes(settings: Settings) -> dict[Service, Probe]:
     """How to look at each outside service that is set up here."""
     probes: dict[Service, Probe] = {}
     if settings.openai_api_key is not None:
-        from knowledge_engine.generation import chat_client
-
         probes[Service.OPENAI] = lambda: chat_client.probe(settings)
     if settings.s3_bucket is not None:
-        from knowledge_engine import storage
-
         probes[Service.S3] = lambda: storage.probe(settings)
+    if hub.is_needed(settings):
+        probes[Service.HUB] = lambda: hub.probe(settings)
     if settings.wandb_api_key is not None:
-        from knowledge_engine import tracking
-
         probes[Service.TRACKER] = lambda: tracking.probe(settings)
     return probes

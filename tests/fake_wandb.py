@@ -81,8 +81,11 @@ class FakeWandb:
 
     def answer(self, request: Received) -> tuple[int, Any]:
         trouble = self.fault(request) if self.fault is not None else None
+        if trouble == HANG:
+            self.over.wait()
+            return 503, {}
         if isinstance(trouble, float):
-            self.over.wait(None if trouble == HANG else trouble)
+            self.over.wait(trouble)
         elif trouble is not None:
             return trouble, {"errors": [{"message": "told to fail"}], "error": "told to fail"}
         if request.operation == "upload":
@@ -121,7 +124,8 @@ class FakeWandb:
         project = variables.get("project") or variables.get("modelName") or "uncategorized"
         inserted = name not in self.runs
         run = self.runs.setdefault(name, Run(name, project))
-        run.state, run.preempting, run.exit_code = "running", False, None
+        if variables.get("displayName"):  # an attempt begins; later ones of it only bring its configuration
+            run.state, run.preempting, run.exit_code = "running", False, None
         if variables.get("config"):
             run.config = json.loads(variables["config"])
         bucket = {

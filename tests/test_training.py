@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,8 @@ SPEC = TrainingSpec(dataset="d", model="m", use_qlora=False, max_steps=3, learni
 class FakeContext:
     """Records what a job says; it must end once `stop_after` steps were reported."""
 
+    stop_reason = "cancelled"
+
     def __init__(self, work_dir: Path, spec: TrainingSpec = SPEC, stop_after: int | None = None) -> None:
         self.job = Job(id="job-1", kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
         self.work_dir = work_dir
@@ -74,7 +78,7 @@ class FakeContext:
 
     def check(self) -> None:
         if self._stop_after is not None and len(self.steps) >= self._stop_after:
-            raise JobStopped("cancelled")
+            raise JobStopped(self.stop_reason)
 
     @property
     def steps(self) -> list[Progress]:
@@ -508,6 +512,26 @@ def test_what_cannot_be_trained_is_refused(
         workshop.run(**changes)
     assert caught.value.reason is reason
     assert not (workshop.settings.data_dir / "models" / "shop").exists()
+
+
+@pytest.mark.parametrize(
+    ("reason", "states", "is_over"),
+    [("cancelled", ["CANCELLED"], True), ("interrupted", ["QUEUED"], True), ("superseded", [], False)],
+)
+def test_a_stopped_jobs_tracked_run_says_what_became_of_the_job(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, reason: str, states: list[str], is_over: bool
+) -> None:
+    monkeypatch.setattr(FakeContext, "stop_reason", reason)
+    with pytest.raises(JobStopped):
+        workshop.run(stop_after=2)
+    (log,) = workshop.work_dir.rglob("*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout.splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    told = [record["summary"]["update"].get("state") for record in records if record["type"] == "summary"]
+    assert [state for state in told if state not in (None, "RUNNING")] == states
+    assert any(record["type"] == "exit" for record in records) == is_over
+    assert any(record["type"] == "preempting" for record in records) == (reason == "interrupted")
 
 
 def test_a_stopped_job_publishes_nothing(workshop: Workshop) -> None:

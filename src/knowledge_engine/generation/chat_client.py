@@ -74,10 +74,15 @@ class Answer(NamedTuple):
 
 
 class Patience(NamedTuple):
-    """How long one question is repeated. `silent_tries` count while no other question is answered either."""
+    """When a service is given up: after so many tries one after the other that nobody got an answer to, `first_tries`
+    before the very first one; or when one question took `tries`, or `seconds`.
 
-    silent_tries: int = 8
-    tries: int = 20
+    With the default waits, 6 tries take about half a minute and 15 more than four.
+    """
+
+    first_tries: int = 6
+    silent_tries: int = 15
+    tries: int = 30
     seconds: float = 600.0
     first_wait_seconds: float = 1.0
     longest_wait_seconds: float = 60.0
@@ -182,9 +187,9 @@ class ChatClient:
             UpstreamError: OPENAI_UNAVAILABLE, OPENAI_RATE_LIMITED.
         """
         started = time.monotonic()
-        tries = silent = num_answers = 0
+        tries = 0
         while True:
-            self._gate.enter()
+            began = self._gate.enter()
             self._count(is_retry=tries > 0)
             tries += 1
             try:
@@ -193,18 +198,19 @@ class ChatClient:
                 self._gate.leave()
                 self._options = [name for name in self._options if name != str(option)]
             except _Trouble as trouble:
-                silent = silent + 1 if num_answers == self._gate.num_answers else 1
-                num_answers = self._gate.num_answers
-                wait = self._wait(trouble, tries)
+                silent, is_first = self._gate.count_trouble(began)
+                wait = self._wait(trouble, max(tries, silent))
                 gives_up = (
-                    silent >= self._patience.silent_tries
+                    silent >= (self._patience.first_tries if is_first else self._patience.silent_tries)
                     or tries >= self._patience.tries
                     or wait > _MAX_WAIT_SECONDS
                     or time.monotonic() + wait - started > self._patience.seconds
                 )
                 if gives_up:
-                    raise self._fail(self._given_up(trouble, tries)) from None
-                self._gate.leave(trouble, wait)
+                    raise self._fail(self._given_up(trouble, max(tries, silent))) from None
+                # What is everybody's trouble holds everybody back: one goes and looks whether it is over.
+                is_shared = trouble.is_limit or trouble.retry_after is not None or is_first or silent > 2
+                self._gate.leave(shut_for=wait if is_shared else None)
                 self._gate.pause(wait)
             except KnowledgeEngineError as error:
                 raise self._fail(error) from None
@@ -212,7 +218,7 @@ class ChatClient:
                 self._gate.leave()
                 raise
             else:
-                self._gate.leave(answer)
+                self._gate.leave(is_answered=True)
                 return answer._replace(num_requests=tries)
 
     # --- one request ----------------------------------------------------------------------------------------------
@@ -351,8 +357,8 @@ class _Unsupported(Exception):
 
 
 class _Gate:
-    """Who may ask now. It opens one by one: the first question goes alone, every answer lets one more in beside it,
-    and a rate limit halves them and shuts everybody out for the time the service asks for."""
+    """Who may ask now. It opens one by one: the first question goes alone, every answer lets one more in beside it, and
+    a rate limit halves them and shuts everybody out for a while."""
 
     def __init__(self, width: int) -> None:
         self._width = width
@@ -360,30 +366,42 @@ class _Gate:
         self._limit = 1
         self._inside = 0
         self._opens = 0.0
+        self._is_first = True
+        self._silent = 0
+        self._silent_since = 0.0
         self.is_closed = False
         self.failure: KnowledgeEngineError | None = None
-        self.num_answers = 0
 
-    def enter(self) -> None:
-        """Raises Closed."""
+    def enter(self) -> float:
+        """Returns the moment of entry. Raises Closed."""
         with self._changed:
             while not self.is_closed:
                 shut = self._opens - time.monotonic()
                 if shut <= 0 and self._inside < self._limit:
                     self._inside += 1
-                    return
+                    return time.monotonic()
                 self._changed.wait(shut if shut > 0 else None)
         raise Closed
 
-    def leave(self, outcome: Answer | _Trouble | None = None, wait: float = 0) -> None:
+    def count_trouble(self, began: float) -> tuple[int, bool]:
+        """How many tries in a row are in vain by now, those that ran side by side counted once; and whether there never
+        was an answer."""
+        with self._changed:
+            if began >= self._silent_since:
+                self._silent += 1
+                self._silent_since = time.monotonic()
+            return self._silent, self._is_first
+
+    def leave(self, *, is_answered: bool = False, shut_for: float | None = None) -> None:
         with self._changed:
             self._inside -= 1
-            if isinstance(outcome, Answer):
-                self.num_answers += 1
+            if is_answered:
                 self._limit = min(self._width, self._limit + 1)
-            elif outcome is not None and (outcome.is_limit or outcome.retry_after is not None):
+                self._is_first = False
+                self._silent = 0
+            if shut_for is not None:
                 self._limit = max(1, self._limit // 2)
-                self._opens = max(self._opens, time.monotonic() + wait)
+                self._opens = max(self._opens, time.monotonic() + shut_for)
             self._changed.notify_all()
 
     def pause(self, seconds: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,20 @@ from pydantic import SecretStr
 
 from knowledge_engine import hub
 from knowledge_engine.bases import check_bases, describe_origin, get_base, prepare_base
-from knowledge_engine.core import JobStopped, Message
+from knowledge_engine.client import Client
+from knowledge_engine.core import (
+    Job,
+    JobEvent,
+    JobKind,
+    JobState,
+    JobStopped,
+    LogLine,
+    Message,
+    Progress,
+    Service,
+    TrainingSpec,
+)
+from knowledge_engine.datasets import Datasets
 from knowledge_engine.devices import has_cuda_device
 from knowledge_engine.errors import (
     CapacityError,
@@ -32,8 +47,13 @@ from knowledge_engine.errors import (
     UpstreamError,
 )
 from knowledge_engine.hub import HubId, fetch, find_snapshot, is_needed, parse_hub_id, probe
+from knowledge_engine.inference.client import EngineClient, socket_path
+from knowledge_engine.registry import Registry
+from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings
+from knowledge_engine.state import State
 from knowledge_engine.text import ChatText
+from knowledge_engine.worker import Attempt
 from tests.fake_hub import SIGNATURE, FakeHub, Fault
 from tests.tiny import build_tiny_base
 
@@ -68,6 +88,11 @@ def settings(fake: FakeHub, tmp_path: Path) -> Settings:
 @pytest.fixture
 def weights(tiny_base: Path) -> bytes:
     return (tiny_base / WEIGHTS).read_bytes()
+
+
+def start(command: list[str], settings: Settings, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, env=settings.child_environment(), stdout=stream, stderr=stream)
 
 
 def partial_folder(settings: Settings) -> Path:
@@ -514,3 +539,87 @@ def test_a_half_fetched_base_of_another_source_is_thrown_away(
     assert not partial_folder(settings).exists()
     shutil.rmtree(settings.data_dir)
     assert hub.configured(settings) == [HubId(NAME)]
+
+
+async def test_a_training_job_shows_its_download_and_can_be_cancelled_in_it(
+    fake: FakeHub, make_settings: Callable[..., Settings]
+) -> None:
+    settings = make_settings(base_model=NAME, huggingface_endpoint=fake.url, huggingface_token=SecretStr(CANARY))
+    fake.faults.append(Fault("blob/", stall_at=0.5))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    rows = b"".join(json.dumps({"messages": [*turns, *turns[: 2 * (n % 2)]]}).encode() + b"\n" for n in range(2))
+    spec = TrainingSpec(dataset="talks", model="shop", use_qlora=False, max_steps=1)
+    async with await start_server(settings) as running:
+
+        def work() -> tuple[list[JobEvent], Job]:
+            with Client(running.address) as client:
+                client.upload_dataset("talks", rows)
+                job = client.create_training_job(spec)
+                events = []
+                for event in client.watch_job(job.id):
+                    events.append(event)
+                    if isinstance(event.payload, Progress) and (event.payload.step or 0) >= 40:
+                        client.cancel_job(job.id)
+                return events, client.get_job(job.id)
+
+        events, job = await asyncio.to_thread(work)
+    told = [event.payload for event in events if isinstance(event.payload, Progress)]
+    assert ("downloading", 50, 100) in {(progress.phase, progress.step, progress.total_steps) for progress in told}
+    assert job.state is JobState.CANCELLED
+    # The worker itself stopped, and was not killed: it kept what had come.
+    log = next((settings.data_dir / "jobs").rglob("worker*.log")).read_text()
+    assert "peak memory" in log
+    assert (settings.data_dir / "bases" / ".base.partial" / WEIGHTS).stat().st_size > 0
+    for secret in (CANARY, SIGNATURE):
+        assert secret not in log
+
+
+def test_a_training_job_tells_health_how_the_hub_did(fake: FakeHub, settings: Settings) -> None:
+    from knowledge_engine.training.job import run_training  # brings torch
+
+    settings.data_dir.mkdir()
+    state = State.open(settings.state_url)
+    datasets, registry = Datasets(settings.data_dir / "datasets", state), Registry.open(settings)
+    state.create_job(TrainingSpec(dataset="none", model="shop"))
+    job = state.claim_job([JobKind.TRAINING], 60)
+    assert job is not None
+    with Attempt(settings, state, job) as attempt:
+        fake.repositories[NAME].is_gated = True
+        with pytest.raises(CredentialsError) as caught:
+            run_training(attempt, settings, datasets, registry)
+        assert state.observations()[Service.HUB].trouble == caught.value.message
+        fake.repositories[NAME].is_gated = False
+        with pytest.raises(NotFoundError, match="none"):
+            run_training(attempt, settings, datasets, registry)
+        assert state.observations()[Service.HUB].trouble == ""
+    said = [event.payload.message for event in state.events(job.id, 0, 1000) if isinstance(event.payload, LogLine)]
+    commit = fake.repositories[NAME].revisions["main"]
+    assert any(line.startswith(f"base model base: {NAME} at {commit[:12]} (llama, sha256:") for line in said)
+    state.close()
+
+
+async def test_the_engine_asks_a_hub_again_that_did_not_answer(
+    fake: FakeHub, settings: Settings, tmp_path: Path
+) -> None:
+    fake.faults += [Fault("api/models", status=418), Fault("blob/", stall_at=0.5)]
+    log = tmp_path / "engine.log"
+    command = [sys.executable, "-m", "knowledge_engine.inference.engine", "--parent-pid", str(os.getpid())]
+    process = start(command, settings, log)
+    client = EngineClient(socket_path(settings))
+    await client.start()
+    try:
+        details = []
+        async with asyncio.timeout(90):
+            while not re.search(r"downloading, [45]\d%", (status := await client.refresh()).detail):
+                details.append(status.detail)
+                await asyncio.sleep(0.05)
+        assert [detail for detail in details if "(status 418)" in detail and "asking again in 10 s" in detail]
+        assert status.state == "preparing"
+        assert f"({NAME}@main, as KNOWLEDGE_BASE_MODEL says)" in status.detail
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 60) == 0
+    finally:
+        await client.close()
+        process.kill()
+        process.wait()
+    assert CANARY not in log.read_text()

@@ -81,12 +81,14 @@ def s3_settings(make_settings: Callable[..., Settings], seaweed: Seaweed) -> Cal
 @pytest.fixture
 def make_bucket(s3_settings: Callable[..., Settings]) -> Iterator[Callable[..., Bucket]]:
     """Buckets that wait no longer than a test should; arguments change their settings."""
-    opened: list[Bucket] = []
+    opened: dict[tuple[tuple[str, Any], ...], Bucket] = {}
 
     def make(**changes: Any) -> Bucket:
-        opened.append(Bucket(s3_settings(**changes), connect_seconds=1, read_seconds=1))
-        return opened[-1]
+        key = tuple(sorted(changes.items()))
+        if key not in opened:  # a client takes a while to make
+            opened[key] = Bucket(s3_settings(**changes), connect_seconds=1, read_seconds=1)
+        return opened[key]
 
     yield make
-    for bucket in opened:
+    for bucket in opened.values():
         bucket.close()

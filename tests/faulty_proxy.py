@@ -25,7 +25,8 @@ class Fault:
     """What happens to requests of a `method` whose target holds `part`: the first `after` pass, the next `times` fail.
 
     `kind`: one of ANSWERS, or "cut" (closed without an answer), "reset" (in the middle of the request's body), "lost"
-    (done, but the answer never comes), "truncate" (half of the answer's body), "stall" (no answer, connection open).
+    (done, but the connection closes without an answer), "truncate" (half of the answer's body), "stall" (not done, no
+    answer, connection open), "hang" (done, no answer, connection open).
     """
 
     kind: str
@@ -83,8 +84,12 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    @property
+    def _proxy(self) -> FaultyProxy:
+        return self.server.proxy  # type: ignore[attr-defined,no-any-return]
+
     def _serve(self) -> None:
-        proxy: FaultyProxy = self.server.proxy  # type: ignore[attr-defined]
+        proxy = self._proxy
         fault = proxy.next_fault(self.command, self.path)
         length = int(self.headers.get("Content-Length") or 0)
         if fault == "reset":
@@ -118,7 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = answer.read()
         finally:
             connection.close()
-        if fault == "lost":
+        if fault == "hang":
+            self._proxy.over.wait(60)
+        if fault in {"lost", "hang"}:
             self.close_connection = True
             return
         headers = {name: value for name, value in answer.getheaders() if name.lower() != "transfer-encoding"}

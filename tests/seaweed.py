@@ -51,12 +51,8 @@ def start_seaweed(folder: Path) -> Iterator[Seaweed]:
         yield Seaweed(f"http://127.0.0.1:{port}", client)
     finally:
         client.close()
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # what it stores is thrown away; asked nicely it takes seconds
+        process.wait()
 
 
 def _start(folder: Path, s3_port: int) -> subprocess.Popen[bytes]:

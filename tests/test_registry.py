@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,13 @@ def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "models")
 
 
-def publish(registry: Registry, job_id: str, model: str = "shop", weights: bytes = b"weights") -> ModelVersion:
+def publish(
+    registry: Registry,
+    job_id: str,
+    model: str = "shop",
+    weights: bytes = b"weights",
+    check: Callable[[], None] = lambda: None,
+) -> ModelVersion:
     folder = registry.stage(job_id)
     (folder / "adapter_model.safetensors").write_bytes(weights)
     (folder / "adapter_config.json").write_text("{}")
@@ -33,6 +40,7 @@ def publish(registry: Registry, job_id: str, model: str = "shop", weights: bytes
         chat_template_digest="sha256:template",
         comparison=COMPARISON,
         training_precision="nf4",
+        check=check,
     )
 
 

@@ -102,10 +102,15 @@ class Remote:
             self.delete(*key)  # swept away meanwhile: that number is over
 
     def withdraw(self, model: str, job_id: str) -> None:
-        """Takes away whatever a job has brought for a model."""
+        """Takes away whatever a job has brought for a model; no attempt of it may be at work any more."""
         for key, files in self._listing(model).items():
-            if CLAIM in files and TOMBSTONE not in files and self._claimant(key) == job_id:
+            if CLAIM not in files or TOMBSTONE in files or self._claimant(key) != job_id:
+                continue
+            if MANIFEST in files:
                 self.delete(*key)
+            else:  # seen by nobody, so its number needs no tombstone; the claim goes last
+                self._bucket.delete(stored.key for name, stored in files.items() if name != CLAIM)
+                self._bucket.delete([key.file(CLAIM)])
 
     def delete(self, model: str, version: int) -> None:
         """Takes a version away, first out of sight; asked again, it finishes what was begun."""

@@ -25,7 +25,7 @@ import httpx2
 import psutil
 
 from knowledge_engine.core import Job, JobState, JobStopped, Service, TrackerRun
-from knowledge_engine.errors import CredentialsError, Reason, UpstreamError
+from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Tracker:
         if not in_time or (is_online and self._warned):
             self._let_go()
         elif is_online:
-            self._observe(Service.TRACKER, None)
+            self._see(None)
 
     def _patience(self, state: JobState) -> float:
         """Of the time that a cancelled or interrupted worker has before it is killed, half is for the rest."""
@@ -143,7 +143,7 @@ class Tracker:
         if not self._started.wait(self._online_start_seconds + _OFFLINE_START_SECONDS):
             self._trouble.put("W&B does not start; this job may go untracked")
         if self.run is not None and self.run.url:
-            self._observe(Service.TRACKER, None)
+            self._see(None)
         self._tell()
 
     def _put(self, item: dict[str, float] | JobState) -> None:
@@ -163,7 +163,13 @@ class Tracker:
                 self._warned = True
                 self._warn(UNAVAILABLE, sentence)
                 if self._settings.wandb_api_key is not None:
-                    self._observe(Service.TRACKER, sentence)
+                    self._see(sentence)
+
+    def _see(self, trouble: str | None) -> None:
+        try:
+            self._observe(Service.TRACKER, trouble)
+        except KnowledgeEngineError as error:  # what health would have told is worth no job
+            _LOG.warning("how W&B did could not be noted: %s", error.message)
 
     # --- in the tracker's own thread ------------------------------------------------------------------------------
 

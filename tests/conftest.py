@@ -11,7 +11,8 @@ from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.storage import Bucket
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
-from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, start_seaweed
+from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
+from tests.seaweed import seaweed as start_seaweed
 from tests.tiny import build_tiny_base
 
 

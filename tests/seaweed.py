@@ -41,7 +41,7 @@ class Seaweed(NamedTuple):
 
 
 @contextmanager
-def start_seaweed(folder: Path) -> Iterator[Seaweed]:
+def seaweed(folder: Path) -> Iterator[Seaweed]:
     """Serves until the block ends; everything it stores lies in `folder`."""
     port = _free_ports(1)[0]
     process = _start(folder, port)
@@ -56,11 +56,11 @@ def start_seaweed(folder: Path) -> Iterator[Seaweed]:
 
 
 def _start(folder: Path, s3_port: int) -> subprocess.Popen[bytes]:
+    (folder / "data").mkdir(parents=True)
     config = folder / "s3.json"
     keys = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     config.write_text(json.dumps({"identities": [{"name": "tests", "credentials": keys, "actions": actions}]}))
-    (folder / "data").mkdir()
     names = [f"{part}.port{kind}" for part in _PARTS for kind in ("", ".grpc")]
     ports = dict(zip(names, _free_ports(len(names)), strict=True)) | {"s3.port": s3_port, "s3.port.iceberg": 0}
     flags = {"dir": folder / "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.config": config}

@@ -18,7 +18,21 @@ from typing import Any
 import grpc
 import pytest
 
-from knowledge_engine.core import Job, JobKind, JobState, JobStopped, Page, Progress, Service, TrainingSpec, utc_now
+from knowledge_engine.client import Client
+from knowledge_engine.core import (
+    Job,
+    JobKind,
+    JobState,
+    JobStopped,
+    JobWarning,
+    LogLine,
+    Page,
+    Progress,
+    Service,
+    StateChange,
+    TrainingSpec,
+    utc_now,
+)
 from knowledge_engine.errors import CredentialsError, IntegrityError, NotFoundError, Reason, UpstreamError
 from knowledge_engine.registry import Registry
 from knowledge_engine.remote import Remote
@@ -28,8 +42,8 @@ from knowledge_engine.storage import PART_BYTES, Bucket
 from knowledge_engine.training.publishing import Trained, drop_kept, find_kept, fingerprint, keep, publish_patiently
 from knowledge_engine.v1 import models_pb2, models_pb2_grpc
 from tests.faulty_proxy import Fault, FaultyProxy
-from tests.running import wait_until
-from tests.seaweed import Seaweed
+from tests.running import end, is_serving, start, wait_until
+from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
 from tests.test_registry import publish
 
 WEIGHTS = "adapter_model.safetensors"
@@ -680,3 +694,62 @@ def test_without_a_bucket_the_library_is_never_loaded(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True, cwd=root)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.slow
+def test_what_one_service_trains_the_other_answers_with_after_a_bad_day(
+    tmp_path: Path, tiny_base: Path, s3_settings: Callable[..., Settings], seaweed: Seaweed, proxy: FaultyProxy
+) -> None:
+    variables = {
+        "KNOWLEDGE_S3_BUCKET": s3_settings().s3_bucket or "",
+        "KNOWLEDGE_AWS_REGION": "us-east-1",
+        "KNOWLEDGE_AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "KNOWLEDGE_AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "KNOWLEDGE_S3_PATIENCE_SECONDS": "5",
+    }
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Shoe {n}?"},
+                {"role": "assistant", "content": f"It costs {n} EUR."},
+            ]
+        }
+        for n in range(12)
+    ]
+    spec = TrainingSpec(dataset="talks", model="shop", max_steps=3, use_qlora=False, learning_rate=0.05)
+    question = [{"role": "user", "content": "Shoe 3?"}]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    proxy.faults = [Fault("slow down", "PUT", "manifest.json")]
+    a = start(tmp_path / "a", tiny_base, **variables, KNOWLEDGE_S3_ENDPOINT_URL=proxy.url)
+    b = start(tmp_path / "b", tiny_base, **variables, KNOWLEDGE_S3_ENDPOINT_URL=seaweed.endpoint)
+    try:
+        with Client(a.grpc_address) as on_a, Client(b.grpc_address) as on_b:
+            on_a.upload_dataset("talks", "".join(json.dumps(row) + "\n" for row in rows).encode())
+            first = [event.payload for event in on_a.watch_job(on_a.create_training_job(spec).id)]
+            failed = first[-1]
+            assert isinstance(failed, StateChange)
+            assert (failed.state, (failed.error or {})["reason"]) == (JobState.FAILED, "STORAGE_UNREACHABLE")
+            assert "503 SlowDown" in failed.error["message"]
+            assert [item.reason for item in first if isinstance(item, JobWarning)][:1] == ["STORAGE_UNREACHABLE"]
+            assert "training" in {item.phase for item in first if isinstance(item, Progress)}
+            assert list(on_b.list_models()) == []
+
+            proxy.faults = []
+            second = [event.payload for event in on_a.watch_job(on_a.create_training_job(spec).id)]
+            done = second[-1]
+            assert isinstance(done, StateChange)
+            assert done.state is JobState.SUCCEEDED
+            assert any("nothing to train" in item.message for item in second if isinstance(item, LogLine))
+            assert "training" not in {item.phase for item in second if isinstance(item, Progress)}
+            assert not list((tmp_path / "a" / "unpublished").iterdir())
+
+            wait_until(lambda: is_serving(a) and is_serving(b))
+            answers = [client.generate("shop", question, temperature=0, max_tokens=12) for client in (on_a, on_b)]
+            base = on_b.generate("base", question, temperature=0, max_tokens=12)
+            assert answers[0].text == answers[1].text != base.text
+            assert answers[0].completion.digest == answers[1].completion.digest
+            assert "s3" in on_b.health()
+    finally:
+        end(a)
+        end(b)

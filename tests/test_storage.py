@@ -53,6 +53,7 @@ def test_objects_come_back_as_they_were_put(bucket: Bucket, tmp_path: Path) -> N
     assert [stored.key for stored in bucket.list_objects("")] == ["a/empty", "a/small"]
 
 
+@pytest.mark.slow
 def test_a_listing_has_more_than_one_page(bucket: Bucket) -> None:
     keys = [f"k/{index:04}" for index in range(1100)]
     with ThreadPoolExecutor(8) as pool:

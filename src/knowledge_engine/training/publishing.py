@@ -175,7 +175,7 @@ def _withdraw(registry: Registry, model: str, job_id: str) -> None:
 
 
 def _with_consolation(error: KnowledgeEngineError) -> KnowledgeEngineError:
-    message = f"{error.message}; the trained adapter is kept, and the same job created again publishes it untrained"
+    message = f"{error.message}; the trained adapter is kept: the same job created again publishes it without training"
     return from_dict(error.to_dict() | {"message": message})
 
 

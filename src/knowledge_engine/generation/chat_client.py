@@ -314,15 +314,18 @@ class ChatClient:
         return wait
 
     def _given_up(self, trouble: _Trouble, tries: int) -> UpstreamError:
+        in_vain = f"tries in vain: {tries}"
+        if trouble.retry_after is not None:
+            in_vain += f", asked to come back in {trouble.retry_after:.0f} s"
         if trouble.is_limit:
             return UpstreamError(
-                f"{self._where} limits how often this key may ask, and {tries} tries were in vain; generate again "
-                "later, with a smaller KNOWLEDGE_OPENAI_MAX_CONCURRENCY or a higher limit",
+                f"{self._where} limits how often this key may ask ({in_vain}); generate again later, with a smaller "
+                "KNOWLEDGE_OPENAI_MAX_CONCURRENCY or a higher limit",
                 reason=Reason.OPENAI_RATE_LIMITED,
                 retry_after_seconds=trouble.retry_after,
                 tries=tries,
             )
-        return _unavailable(self._settings, f"{trouble}, and {tries} tries were in vain", trouble.retry_after)
+        return _unavailable(self._settings, f"{trouble} ({in_vain})", trouble.retry_after)
 
     def _fail(self, error: KnowledgeEngineError) -> KnowledgeEngineError:
         self._gate.close(error)

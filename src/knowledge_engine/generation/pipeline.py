@@ -227,8 +227,8 @@ class _Run:
 def _told(usage: GenerationUsage, language_model: str) -> str:
     cost = "" if usage.cost_usd is None else f", {usage.cost_usd:.6f} USD"
     return (
-        f"{language_model or 'no model'} answered: {usage.num_requests} requests, {usage.num_retries} of them "
-        f"repeated, {usage.prompt_tokens} tokens read, {usage.completion_tokens} written{cost}"
+        f"{f'replies from {language_model}' if language_model else 'no reply'}: requests {usage.num_requests}, of them "
+        f"repeated {usage.num_retries}, tokens read {usage.prompt_tokens}, written {usage.completion_tokens}{cost}"
     )
 
 

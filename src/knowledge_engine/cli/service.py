@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from knowledge_engine.cli.output import JsonOption, ServerOption, connect, print_json, print_table
+from knowledge_engine.errors import Reason, UpstreamError
 
 if TYPE_CHECKING:
     from knowledge_engine.settings import Settings
@@ -29,6 +31,11 @@ def serve(
     from knowledge_engine.supervisor import run_alone, run_service
 
     settings = load_settings()
+    if only in (None, "engine") and importlib.util.find_spec("torch") is None:
+        raise UpstreamError(
+            "the engine needs torch, which is not installed here: run `serve --only server` or `serve --only gateway`",
+            reason=Reason.ENGINE_UNAVAILABLE,
+        )
     if only is not None:
         run_alone(settings, only)
     raise typer.Exit(run_service(settings, print_json if json else None))
@@ -60,9 +67,9 @@ def health(
     """Ask whether the service is healthy; exit code 0 only if it is."""
     if local and server is not None:
         raise typer.BadParameter("--local asks the addresses of the settings; leave --server out")
-    if only is not None and not local:
-        if (source := context.get_parameter_source("only")) is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter("--only goes with --local")
+    source = context.get_parameter_source("only")  # KNOWLEDGE_ONLY may stand there for `serve` alone
+    if not local and source is not None and source.name == "COMMANDLINE":
+        raise typer.BadParameter("--only goes with --local")
     if local:
         from knowledge_engine.settings import load_settings
 

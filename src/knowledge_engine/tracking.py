@@ -75,6 +75,7 @@ class Tracker:
         self._warn = warn
         self._observe = observe
         self._warned = False
+        self._is_broken = False
         self._online_start_seconds = online_start_seconds
         self._trouble: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._metrics: queue.Queue[dict[str, float] | JobState] = queue.Queue(_MAX_WAITING_METRICS)
@@ -103,10 +104,9 @@ class Tracker:
                 "W&B did not finish in time; what it has not sent stays in the job's folder, to be synced"
             )
         self._tell()
-        is_online = self.run is not None and bool(self.run.url)
-        if not in_time or (is_online and self._warned):
+        if not in_time or self._is_broken:
             self._let_go()
-        elif is_online:
+        elif self.run is not None and self.run.url and not self._warned:
             self._see(None)
 
     def _patience(self, state: JobState) -> float:
@@ -190,6 +190,7 @@ class Tracker:
             self._end(run, item)
         # Whatever a tracker throws, training must go on; the sentence names the kind, never values.
         except Exception as error:
+            self._is_broken = True
             self._trouble.put(f"W&B failed ({type(error).__name__}); what it has not sent stays in the job's folder")
         finally:
             self._started.set()

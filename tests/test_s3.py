@@ -143,6 +143,8 @@ def test_a_deletion_that_was_killed_is_finished(machines: Machines, bucket: Buck
     a, b = machines("a"), machines("b")
     publish(a, "job-1")
     bucket.put(FOLDER + "deleted.json", b"{}")  # this far it came
+    a.sync()
+    assert names(a) == []
     with pytest.raises(NotFoundError):
         b.resolve("shop", None)
     Remote(bucket).sweep(utc_now() - timedelta(hours=1))
@@ -191,6 +193,25 @@ def test_a_published_version_is_never_overwritten(machines: Machines, bucket: Bu
     assert not bucket.put(FOLDER + "manifest.json", b"{}", only_new=True)
     assert not bucket.put(FOLDER + "claim.json", b"{}", only_new=True)
     assert bucket.get(FOLDER + "manifest.json") == before
+
+
+def test_a_manifest_that_is_there_first_counts(bucket: Bucket, tmp_path: Path) -> None:
+    def manifest_of(version: int) -> bytes:
+        bucket.put(FOLDER + "manifest.json", b"of an attempt that was thought dead")
+        return b"ours"
+
+    published = Remote(bucket).publish("shop", "job-1", tmp_path, {}, manifest_of, lambda: None)
+    assert published == (1, b"of an attempt that was thought dead")
+
+
+def test_a_number_that_was_swept_meanwhile_is_left(bucket: Bucket, tmp_path: Path, seaweed: Seaweed) -> None:
+    def manifest_of(version: int) -> bytes:
+        if version == 1:
+            Remote(bucket).sweep(utc_now() + timedelta(hours=1))
+        return b"ours"
+
+    assert Remote(bucket).publish("shop", "job-1", tmp_path, {}, manifest_of, lambda: None) == (2, b"ours")
+    assert [key for key in seaweed.keys(bucket.name) if key.startswith(FOLDER)] == [FOLDER + "deleted.json"]
 
 
 # --- files on their way -------------------------------------------------------------------------------------------

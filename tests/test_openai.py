@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import email.utils
 import json
 import os
@@ -286,15 +287,15 @@ def test_transient_faults_are_ridden_out_and_nothing_is_asked_twice_as_often(stu
 
 def test_a_rate_limit_that_one_meets_holds_all_of_them_back(studio: Studio) -> None:
     def script(request: Request) -> Scripted:
-        return limited("2") if request.number == 12 else Scripted(delay=0.02)
+        return limited("2") if request.number == 12 else Scripted(delay=0.2)
 
     with FakeOpenAI(script) as fake:
         studio.run(fake, num_conversations=40)
     told = fake.requests[12].time
     later = [request.time - told for request in fake.requests[13:]]
     assert len(fake.requests) == 41
-    # Those under way then are heard out; no other begins before the time is over.
-    assert not [seconds for seconds in later if 1 < seconds < 2]
+    # Those under way then are heard out; the rest begins when the time is over, though it would take the others 1 s.
+    assert sum(seconds < 2 for seconds in later) <= 12
 
 
 def test_an_absurd_wait_ends_the_run_and_says_when_to_come_back(studio: Studio) -> None:
@@ -399,10 +400,12 @@ def test_a_wrong_key_is_tried_once_and_never_told(studio: Studio) -> None:
 
 
 def test_what_an_upstream_says_is_cleaned(studio: Studio) -> None:
-    with FakeOpenAI() as fake:
-        fake.script = lambda _: refusing(400, f"Bad \x1b[31m key\n{fake.key} and sk-proj-abc-123 " + "x" * 5000)
+    with FakeOpenAI(key="our-own/gateway=key") as fake:
+        forms = " ".join((fake.key, "our-own%2Fgateway%3Dkey", base64.b64encode(fake.key.encode()).decode()))
+        fake.script = lambda _: refusing(400, f"Bad \x1b[31m keys\n{forms} and sk-proj-abc-123 " + "x" * 5000)
         error = studio.fails(fake)
-    assert "***" in error.message
+    assert error.message.count("***") == 4
+    assert "gateway" not in error.message
     assert "sk-proj" not in error.message
     assert error.message.isprintable()
     assert len(error.message) < 450

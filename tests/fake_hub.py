@@ -88,16 +88,10 @@ class FakeHub:
         self.is_closing = threading.Event()
         self._lock = threading.Lock()
 
-    def add(self, name: str, folder: Path, **changes: bytes | None) -> Repository:
-        """A repository with the files of a folder; `changes` are written as `config_json=...`, None leaves one out."""
-        files: dict[str, bytes] = {path.name: path.read_bytes() for path in folder.iterdir()}
-        for key, data in changes.items():
-            file = key.replace("__", "-").replace("_json", ".json").replace("_jinja", ".jinja")
-            files.pop(file, None)
-            if data is not None:
-                files[file] = data
+    def add(self, name: str, folder: Path, without: str = "") -> Repository:
+        """A repository with the files of a folder, but one."""
         repository = self.repositories.setdefault(name, Repository())
-        repository.commit(files)
+        repository.commit({path.name: path.read_bytes() for path in folder.iterdir() if path.name != without})
         return repository
 
     def take_fault(self, path: str) -> Fault | None:

@@ -62,6 +62,9 @@ LAST_WORDS_SECONDS = 2.5
 STOP_SECONDS = 5.0
 """A forward pass ends well within this; the preparation of a base does not, and may be cut off anywhere."""
 
+# An outage ends, terms are accepted on the hub's page, room is made on the disk.
+_HEALING = frozenset({Reason.HUB_UNREACHABLE, Reason.BASE_MODEL_GATED, Reason.DISK_FULL})
+
 _log = logging.getLogger(__name__)
 
 Command = Callable[["Scheduler"], None]
@@ -304,17 +307,17 @@ class Engine:
         )
 
     def _prepare(self) -> Base:
-        """The prepared base. A hub that does not answer is asked for ever: a restart would help nobody."""
+        """The prepared base. What heals without us is tried again for ever: a restart would not help it."""
         self._origin = describe_origin(self._settings)
         while True:
             try:
                 return prepare_base(self._settings, BASE, self._report)
-            except UpstreamError as error:
-                if error.reason is not Reason.HUB_UNREACHABLE:
+            except KnowledgeEngineError as error:
+                if error.reason not in _HEALING:
                     raise
                 pause = error.retry_after_seconds or hub.PAUSE_SECONDS
-                _log.warning("%s; the engine asks again in %.0f s", error.message, pause)
-                detail = f"{error.message}; asking again in {pause:.0f} s"
+                _log.warning("%s; the engine tries again in %.0f s", error.message, pause)
+                detail = f"{error.message}; trying again in {pause:.0f} s"
                 self._post(functools.partial(self._set_status, EngineStatus(state="preparing", detail=detail)))
                 with contextlib.suppress(queue.Empty):
                     self._commands.get(timeout=pause)  # before there is a model, only the end is commanded

@@ -19,7 +19,7 @@ from gateway.app import create_app
 from gateway.strict import MAX_JSON_BYTES
 from gateway.uploads import MAX_UPLOAD_BYTES
 from knowledge_engine.settings import Settings
-from knowledge_engine.v1 import datasets_pb2, inference_pb2, jobs_pb2, models_pb2
+from knowledge_engine.v1 import datasets_pb2, generation_pb2, inference_pb2, jobs_pb2, models_pb2
 from tests.fakes_server import METHODS, ScriptedServer, scripted_server, status
 
 KEYS = "shop:correct-horse-9,crm:battery-staple-8"
@@ -41,6 +41,7 @@ async def server() -> AsyncIterator[ScriptedServer]:
         scripted.script["CreateTrainingJob"] = jobs_pb2.CreateTrainingJobResponse(job=job)
         job.generation.dataset, job.generation.catalogue = "datasets/d", "datasets/c"
         job.generation.num_conversations = 10
+        job.generation.provider = generation_pb2.GENERATION_PROVIDER_OPENAI
         scripted.script["CreateGenerationJob"] = jobs_pb2.CreateGenerationJobResponse(job=job)
         yield scripted
 
@@ -135,6 +136,7 @@ async def test_generate_passes_every_field_on(server: ScriptedServer, client: ht
         "dataset_name": "d",
         "catalogue": "c",
         "seed": 3,
+        "provider": "openai",
     }
     answer = await client.post("/api/v1/data/generate", json=body)
     assert sent(server)["spec"] == {
@@ -145,6 +147,7 @@ async def test_generate_passes_every_field_on(server: ScriptedServer, client: ht
         "dataset": "datasets/d",
         "catalogue": "datasets/c",
         "seed": "3",
+        "provider": "GENERATION_PROVIDER_OPENAI",
     }
     assert answer.json() == {
         "job_id": "j",
@@ -154,6 +157,7 @@ async def test_generate_passes_every_field_on(server: ScriptedServer, client: ht
         "estimated_duration": None,
         "dataset_name": "d",
         "catalogue": "c",
+        "provider": "openai",
     }
 
 
@@ -218,6 +222,7 @@ async def test_inference_passes_every_field_on(server: ScriptedServer, client: h
         ("/data/generate", {"number_of_conversations": 100_001}, "number_of_conversations"),
         ("/data/generate", {"number_of_conversations": 10, "difficulty_level": "easy"}, "difficulty_level"),
         ("/data/generate", {"number_of_conversations": 10, "topics": "kettle"}, "topics"),
+        ("/data/generate", {"number_of_conversations": 10, "provider": "chatty"}, "provider"),
         ("/models/base/inference", {"messages": []}, "messages"),
         ("/models/base/inference", {"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ("/models/base/inference", {"messages": [{"role": "user", "content": ""}]}, "messages.0.content"),

@@ -33,8 +33,9 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.datasets import Conversation, Datasets
 from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, StateError, UpstreamError
-from knowledge_engine.generation.chat_client import ChatClient, Patience, probe, require_provider
+from knowledge_engine.generation.chat_client import ChatClient, probe, require_provider
 from knowledge_engine.generation.online import REPLIES, OpenAIVerbaliser
+from knowledge_engine.generation.pacing import Patience
 from knowledge_engine.generation.pipeline import run_generation
 from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings

@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from knowledge_engine.catalogue import Constraints, Product, format_price, parse_json
 from knowledge_engine.core import GenerationUsage, JobContext, Message, Service
 from knowledge_engine.errors import KnowledgeEngineError
-from knowledge_engine.generation.chat_client import Answer, ChatClient, Closed, Finish, Patience
+from knowledge_engine.generation.chat_client import Answer, ChatClient, Finish
+from knowledge_engine.generation.pacing import Closed, Patience
 from knowledge_engine.generation.planner import Act, Exchange, Plan
 from knowledge_engine.generation.verifier import Rejection, Reply
 from knowledge_engine.settings import Settings

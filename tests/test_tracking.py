@@ -114,7 +114,7 @@ def _sync(folder: Path, url: str) -> None:
     runs = sorted(str(log.parent) for log in folder.rglob("*.wandb"))
     environment = _environment(None, WANDB_BASE_URL=url, WANDB_API_KEY=KEY, HOME=str(folder))
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", *runs]
-    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=120)
+    subprocess.run(command, env=environment, cwd=folder, capture_output=True, check=True, timeout=120)
 
 
 def _global_steps(run: Run) -> list[int]:

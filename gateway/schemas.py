@@ -89,7 +89,7 @@ class GenerateDataRequest(Strict):
     catalogue: ResourceId | None = Field(
         None, description="The catalogue; when absent the newest uploaded one, else the shipped demo catalogue."
     )
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="The same seed and catalogue give the same conversations.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="The same seed and catalogue give the same plans.")
     provider: Literal["offline", "openai"] | None = Field(
         None, description="Who puts them into words; when absent OpenAI if the service has a key for it, else offline."
     )

@@ -723,6 +723,23 @@ async def test_a_job_says_why_it_failed(
     assert _files_with(tmp_path / "data", key or fake.key) == []
 
 
+async def test_a_cancelled_job_abandons_what_hangs(make_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    with FakeOpenAI(lambda request: Scripted(hang=True) if request.number > 5 else None) as fake:
+        async with (
+            await start_server(make_settings(**fake.settings)) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            name = await jobs.create(channel, 100, dataset="datasets/made")
+            await asyncio.to_thread(wait_until, lambda: len(fake.requests) > 8)
+            await jobs.cancel(channel, name)
+            await jobs.watch(channel, name)
+            assert (await jobs.get(channel, name)).state == jobs_pb2.JOB_STATE_CANCELLED
+            folder = tmp_path / "data" / name
+            # It ended by itself, long before a request's minute is over, and left nothing behind.
+            await asyncio.to_thread(wait_until, lambda: "peak memory" in (folder / "worker-1.log").read_text())
+            assert not (folder / REPLIES).exists()
+
+
 async def test_a_killed_worker_pays_for_nothing_twice(make_settings: Callable[..., Settings]) -> None:
     wanted, kills = 150, (60,)
     with FakeOpenAI(lambda _: Scripted(delay=0.05)) as fake:

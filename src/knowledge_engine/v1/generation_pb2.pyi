@@ -98,7 +98,9 @@ class GenerationSpec(_message.Message):
     include_product_data: _builtins.bool
     """Show the candidate products to the assistant in the system message. Default true."""
     seed: _builtins.int
-    """Seed of every choice, 0 to 2^32-1: the same seed and catalogue give the same conversations. Default 42."""
+    """Seed of every choice, 0 to 2^32-1: the same seed and catalogue give the same plans, and offline the same
+    conversations. Default 42.
+    """
     provider: Global___GenerationProvider.ValueType
     """Who puts the plans into words. Default: OpenAI where the service has a key for it, else offline. Asking for OpenAI
     without a key is refused. What was chosen is stored with the job.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import importlib.util
 import logging
 import os
 import signal
@@ -146,7 +147,8 @@ class Jobs:
             running = [worker.job.kind for worker in self._workers.values()]
             running += [attempt.job.kind for attempt in await self._foreign_attempts()]
             limits = {
-                JobKind.TRAINING: self._settings.max_concurrent_trainings,
+                # A slim server leaves trainings to a full one on the same data.
+                JobKind.TRAINING: self._settings.max_concurrent_trainings if can_train() else 0,
                 JobKind.GENERATION: MAX_CONCURRENT_GENERATIONS,
             }
             free = [kind for kind, limit in limits.items() if running.count(kind) < limit]
@@ -211,6 +213,11 @@ class Jobs:
             if process is None and (attempt.worker_pid is not None or attempt.lease_expires < time.time()):
                 with contextlib.suppress(ConflictError):
                     await self._bury(attempt.job, False, "its process was gone when the service came back")
+
+
+def can_train() -> bool:
+    """Whether torch is installed here; it is not imported."""
+    return importlib.util.find_spec("torch") is not None
 
 
 _Key = tuple[str, int]

@@ -185,9 +185,10 @@ def body_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, Any]:
 
 
 def save_adapter(model: PeftModel, folder: Path, base: Base) -> None:
-    """Writes the trained adapter as a PEFT folder; it names its base by `base.source`, never by a path."""
+    """Writes the trained adapter as a PEFT folder; it names its base by source and revision, never by a path."""
     config = model.peft_config["default"]
     config.base_model_name_or_path = base.source
+    config.revision = base.revision or None
     with _quiet_peft():
         # Without embedding layers: the vocabulary is never changed, and PEFT would ask the hub whether it was.
         model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)

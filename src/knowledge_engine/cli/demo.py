@@ -44,6 +44,7 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.errors import (
     AlreadyExistsError,
+    IntegrityError,
     InvalidSpecError,
     KnowledgeEngineError,
     NotFoundError,
@@ -194,7 +195,7 @@ def _prepare_base(settings: Settings, log: IO[bytes], talk: Talk) -> None:
     """Unpacks the base model in a child process, once; `bases` says how far it is."""
     try:
         base = get_base(settings)
-    except UpstreamError:  # not prepared yet
+    except (UpstreamError, IntegrityError):  # not prepared yet, or to be prepared anew
         talk("Preparing the base model, once ...")
     else:
         talk(f"Base model: {base.source} ({base.architecture}), ready")

@@ -1,5 +1,6 @@
 """What many tests need: a tiny base, settings for a private service, a running server on a free port."""
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ import grpc
 import pytest
 
 from knowledge_engine.server.app import RunningServer, start_server
-from knowledge_engine.settings import Settings
+from knowledge_engine.settings import _ALIASES, Settings
 from knowledge_engine.storage import Bucket
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
 from tests.seaweed import seaweed as start_seaweed
 from tests.tiny import build_tiny_base
+
+# The keys of whoever runs the tests: no test may spend their money or write to their accounts.
+for _name in [name for name in os.environ if name.startswith("KNOWLEDGE_") or name in _ALIASES]:
+    del os.environ[_name]
 
 
 @pytest.fixture(scope="session")

@@ -248,8 +248,8 @@ class ChatClient:
         said = self._cleaned(details.get("message"))
         if codes & _MONEY_CODES or status == 402:
             raise StateError(
-                f"{self._where} has no money left for this key ({said or status}); top up the account or raise its "
-                "limit, then generate again",
+                f"{self._where} does nothing more for this key until its account is put right ({said or status}); top "
+                "it up or raise its limit, then generate again",
                 reason=Reason.OPENAI_QUOTA_EXHAUSTED,
                 status=status,
             )

@@ -230,7 +230,7 @@ class GenerationUsage(_message.Message):
     completion_tokens: _builtins.int
     """Tokens written."""
     num_requests: _builtins.int
-    """Requests sent, repeated ones too."""
+    """Requests sent, repeated ones too. Those under way when a worker was killed are not known."""
     num_retries: _builtins.int
     """Requests that repeated one which had failed."""
     cost_usd: _builtins.float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import subprocess
@@ -40,7 +41,7 @@ from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.storage import PART_BYTES, Bucket
 from knowledge_engine.training.publishing import Trained, drop_kept, find_kept, fingerprint, keep, publish_patiently
-from knowledge_engine.v1 import models_pb2, models_pb2_grpc
+from knowledge_engine.v1 import jobs_pb2, jobs_pb2_grpc, models_pb2, models_pb2_grpc
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.running import end, is_serving, start, wait_until
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
@@ -702,6 +703,23 @@ async def test_a_server_with_a_bad_bucket_starts_and_says_so(
     assert "canary" not in caplog.text
 
 
+@pytest.mark.slow
+async def test_a_bucket_that_hangs_holds_up_nobody_else(
+    s3_settings: Callable[..., Settings], proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    settings = s3_settings(s3_endpoint_url=proxy.url)
+    async with serving(settings) as (server, models), grpc.aio.insecure_channel(server.address) as channel:
+        await asyncio.to_thread(wait_until, lambda: Service.S3 in server._state.observations())
+        proxy.faults = [Fault("stall")]
+        calls = [models.GetModel(models_pb2.GetModelRequest(name=f"models/unknown-{n}")) for n in range(60)]
+        await asyncio.sleep(0.5)
+        await jobs_pb2_grpc.JobServiceStub(channel).ListJobs(jobs_pb2.ListJobsRequest(), timeout=5)
+        for ended in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(ended, grpc.aio.AioRpcError)
+            assert ended.code() is grpc.StatusCode.UNAVAILABLE
+        await models.ListModels(models_pb2.ListModelsRequest(), timeout=5)
+
+
 def test_without_a_bucket_the_library_is_never_loaded(tmp_path: Path) -> None:
     code = (
         "import sys, asyncio; from pathlib import Path\n"
@@ -717,27 +735,58 @@ def test_without_a_bucket_the_library_is_never_loaded(tmp_path: Path) -> None:
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.slow
-def test_what_one_service_trains_the_other_answers_with_after_a_bad_day(
-    tmp_path: Path, tiny_base: Path, s3_settings: Callable[..., Settings], seaweed: Seaweed, proxy: FaultyProxy
-) -> None:
-    variables = {
-        "KNOWLEDGE_S3_BUCKET": s3_settings().s3_bucket or "",
+_SPEC = TrainingSpec(dataset="talks", model="shop", max_steps=3, use_qlora=False, learning_rate=0.05)
+
+
+def _talks() -> bytes:
+    roles = ("user", "assistant")
+    texts = [(f"Shoe {number}?", f"It costs {number} EUR.") for number in range(12)]
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(roles, row, strict=True)]} for row in texts
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _variables(settings: Settings) -> dict[str, str]:
+    return {
+        "KNOWLEDGE_S3_BUCKET": settings.s3_bucket or "",
         "KNOWLEDGE_AWS_REGION": "us-east-1",
         "KNOWLEDGE_AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "KNOWLEDGE_AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "KNOWLEDGE_S3_PATIENCE_SECONDS": "5",
     }
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"Shoe {n}?"},
-                {"role": "assistant", "content": f"It costs {n} EUR."},
-            ]
-        }
-        for n in range(12)
-    ]
-    spec = TrainingSpec(dataset="talks", model="shop", max_steps=3, use_qlora=False, learning_rate=0.05)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_it_publishes_trains_nothing_twice(
+    tmp_path: Path, tiny_base: Path, s3_settings: Callable[..., Settings], proxy: FaultyProxy
+) -> None:
+    (tmp_path / "a").mkdir()
+    proxy.faults = [Fault("stall", "PUT", "manifest.json", times=1)]
+    service = start(tmp_path / "a", tiny_base, **_variables(s3_settings()), KNOWLEDGE_S3_ENDPOINT_URL=proxy.url)
+    try:
+        with Client(service.grpc_address) as client:
+            client.upload_dataset("talks", _talks())
+            job = client.create_training_job(_SPEC)
+            wait_until(lambda: proxy.count("PUT", "manifest.json"), 120)
+            for process in service.family():
+                if "knowledge_engine.worker" in process.cmdline():
+                    process.kill()
+            events = [event.payload for event in client.watch_job(job.id)]
+            assert client.get_job(job.id).state is JobState.SUCCEEDED
+            trained = [item.step for item in events if isinstance(item, Progress) and item.phase == "training"]
+            assert trained == [1, 2, 3]
+            assert any("nothing to train" in item.message for item in events if isinstance(item, LogLine))
+            assert client.get_model_version("shop", 1).job_id == job.id
+    finally:
+        end(service)
+
+
+@pytest.mark.slow
+def test_what_one_service_trains_the_other_answers_with_after_a_bad_day(
+    tmp_path: Path, tiny_base: Path, s3_settings: Callable[..., Settings], seaweed: Seaweed, proxy: FaultyProxy
+) -> None:
+    variables = _variables(s3_settings())
     question = [{"role": "user", "content": "Shoe 3?"}]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -746,8 +795,8 @@ def test_what_one_service_trains_the_other_answers_with_after_a_bad_day(
     b = start(tmp_path / "b", tiny_base, **variables, KNOWLEDGE_S3_ENDPOINT_URL=seaweed.endpoint)
     try:
         with Client(a.grpc_address) as on_a, Client(b.grpc_address) as on_b:
-            on_a.upload_dataset("talks", "".join(json.dumps(row) + "\n" for row in rows).encode())
-            first = [event.payload for event in on_a.watch_job(on_a.create_training_job(spec).id)]
+            on_a.upload_dataset("talks", _talks())
+            first = [event.payload for event in on_a.watch_job(on_a.create_training_job(_SPEC).id)]
             failed = first[-1]
             assert isinstance(failed, StateChange)
             assert (failed.state, (failed.error or {})["reason"]) == (JobState.FAILED, "STORAGE_UNREACHABLE")
@@ -757,7 +806,7 @@ def test_what_one_service_trains_the_other_answers_with_after_a_bad_day(
             assert list(on_b.list_models()) == []
 
             proxy.faults = []
-            second = [event.payload for event in on_a.watch_job(on_a.create_training_job(spec).id)]
+            second = [event.payload for event in on_a.watch_job(on_a.create_training_job(_SPEC).id)]
             done = second[-1]
             assert isinstance(done, StateChange)
             assert done.state is JobState.SUCCEEDED

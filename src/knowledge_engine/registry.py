@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from knowledge_engine.bases import Base
@@ -50,7 +51,7 @@ from knowledge_engine.files import sha256_of, sync
 from knowledge_engine.manifest import MANIFEST, FileEntry, Manifest, corrupt, parse_manifest
 from knowledge_engine.remote import Remote
 from knowledge_engine.settings import Settings
-from knowledge_engine.storage import open_bucket
+from knowledge_engine.storage import Bucket, open_bucket
 
 SYNC_SECONDS = 10.0
 SWEEP_SECONDS = 3600.0
@@ -59,6 +60,7 @@ LEFTOVER_AGE = timedelta(hours=24)
 
 _STAGING = ".staging"
 _LOCKS = ".locks"
+_HASTY_SECONDS = 3.0
 _QUIET_SECONDS = 5.0  # a bucket that just did not answer is not asked again for every caller
 
 _LOG = logging.getLogger(__name__)
@@ -71,9 +73,11 @@ class Registry:
     UPSTREAM_CREDENTIALS, where the answer is not here and the bucket does not give it.
     """
 
-    def __init__(self, root: Path, remote: Remote | None = None) -> None:
+    def __init__(self, root: Path, remote: Remote | None = None, hasty: Remote | None = None) -> None:
+        """`hasty` is the same bucket for questions that somebody waits for."""
         self._root = root
         self._remote = remote
+        self._hasty = hasty or remote
         # A manifest never changes, so a parsed one is good for as long as its file is there.
         self._parsed: dict[tuple[str, int], Manifest] = {}
         self._trouble: KnowledgeEngineError | None = None
@@ -86,7 +90,8 @@ class Registry:
         if bucket is None:
             return cls(settings.data_dir / "models")
         name = hashlib.sha256(f"{bucket.endpoint}/{bucket.name}".encode()).hexdigest()[:16]
-        return cls(settings.data_dir / "buckets" / name / "models", Remote(bucket))
+        hasty = Bucket(settings, connect_seconds=_HASTY_SECONDS, read_seconds=_HASTY_SECONDS, attempts=2)
+        return cls(settings.data_dir / "buckets" / name / "models", Remote(bucket), Remote(hasty))
 
     @property
     def has_bucket(self) -> bool:
@@ -170,8 +175,8 @@ class Registry:
         if version is not None:
             return self.get(model, version)
         numbers = self._numbers(model)
-        if not numbers and self._remote is not None:
-            self._ask(lambda: self.sync(model))
+        if not numbers and (remote := self._hasty) is not None:
+            self._ask(lambda: self._sync(remote, model))
             numbers = self._numbers(model)
         if not numbers:
             raise NotFoundError(f"no model {model!r}", reason=Reason.MODEL_NOT_FOUND, model=model)
@@ -208,7 +213,7 @@ class Registry:
                     raise corrupt(model, version, name, trouble)
                 if name in found:
                     _LOG.warning("%s of version %d of model %r %s: fetched again", name, version, model, trouble)
-                self._bring_file(self._remote, model, version, name, entry)
+                self._ask(partial(self._bring_file, self._remote, model, version, name, entry))
 
     def list_models(self, page: Page) -> tuple[list[Model], str | None]:
         """By name; a model whose versions are all deleted is left out."""
@@ -249,17 +254,20 @@ class Registry:
     def sync(self, model: str | None = None) -> None:
         """Makes the folder show what the bucket shows, for one model or all: manifests come, deleted versions go."""
         assert self._remote is not None
-        published = self._remote.published(model)
+        self._sync(self._remote, model)
+
+    def _sync(self, remote: Remote, model: str | None) -> None:
+        published = remote.published(model)
         for key in sorted(published):
             if not (self.folder(*key) / MANIFEST).is_file():
                 try:
-                    self._bring_manifest(*key)
+                    self._bring_manifest(remote, *key)
                 except IntegrityError as error:  # one damaged version must not hide the others
                     _LOG.warning("%s", error.message)
         for name in [model] if model is not None else self._models():
             for version in self._numbers(name):
                 # Asked for by itself: it may have been published since the listing was made.
-                if (name, version) not in published and self._remote.read_manifest(name, version) is None:
+                if (name, version) not in published and remote.read_manifest(name, version) is None:
                     _LOG.info("version %d of model %r is gone from the bucket", version, name)
                     self._take_away(name, version)
 
@@ -311,14 +319,13 @@ class Registry:
             raise
         self._trouble = None
 
-    def _bring_manifest(self, model: str, version: int) -> None:
+    def _bring_manifest(self, remote: Remote, model: str, version: int) -> None:
         """Shows a version that is in the bucket; does nothing where there is none.
 
         Raises:
             IntegrityError: MODEL_VERSION_CORRUPT: its manifest there is no good.
         """
-        assert self._remote is not None
-        text = self._remote.read_manifest(model, version)
+        text = remote.read_manifest(model, version)
         if text is None:
             return
         parse_manifest(model, version, text)
@@ -346,16 +353,17 @@ class Registry:
     # --- the folder -----------------------------------------------------------------------------------------------
 
     def _manifest(self, model: str, version: int) -> Manifest:
+        remote = self._hasty
         try:
             return self._read_manifest(model, version)
         except NotFoundError:
-            if self._remote is None:
+            if remote is None:
                 raise
         except IntegrityError as error:
-            if self._remote is None:
+            if remote is None:
                 raise
             _LOG.warning("%s: fetched again", error.message)
-        self._ask(lambda: self._bring_manifest(model, version))
+        self._ask(lambda: self._bring_manifest(remote, model, version))
         return self._read_manifest(model, version)
 
     def _read_manifest(self, model: str, version: int) -> Manifest:

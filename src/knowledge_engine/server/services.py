@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
@@ -18,7 +18,7 @@ from knowledge_engine.errors import InvalidSpecError, Reason, StateError, Upstre
 from knowledge_engine.generation.chat_client import require_provider
 from knowledge_engine.generation.planner import Planner
 from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
-from knowledge_engine.jobs import Jobs
+from knowledge_engine.jobs import Jobs, can_train
 from knowledge_engine.registry import Registry
 from knowledge_engine.server import convert
 from knowledge_engine.server.status import CALLER
@@ -38,6 +38,9 @@ from knowledge_engine.v1 import (
 
 DEFAULT_MAX_TOKENS = 500
 
+_REGISTRY_THREADS = 32
+_Answer = TypeVar("_Answer")
+
 
 class Texts:
     """The chat texts of the bases, loaded once each."""
@@ -55,8 +58,8 @@ class Texts:
 
 
 def _require_torch() -> None:
-    """Looks for the package without importing it. Raises StateError: TRAINING_UNAVAILABLE."""
-    if importlib.util.find_spec("torch") is None:
+    """Raises StateError: TRAINING_UNAVAILABLE."""
+    if not can_train():
         raise StateError(
             "this server is installed without torch and cannot train; ask one of the full installation, "
             "the image's default target",
@@ -184,22 +187,32 @@ class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
         return datasets_pb2.DeleteDatasetResponse()
 
 
+def _registry_threads() -> ThreadPoolExecutor:
+    """A bucket that hangs must not take threads from the store's calls."""
+    return ThreadPoolExecutor(_REGISTRY_THREADS, thread_name_prefix="registry")
+
+
+async def _in(threads: ThreadPoolExecutor, call: Callable[..., _Answer], *arguments: object) -> _Answer:
+    return await asyncio.get_running_loop().run_in_executor(threads, call, *arguments)
+
+
 class ModelServicer(models_pb2_grpc.ModelServiceServicer):
     def __init__(self, registry: Registry, engine: EngineClient) -> None:
         self._registry = registry
         self._engine = engine
+        self._threads = _registry_threads()
 
     async def ListModels(  # noqa: N802
         self, request: models_pb2.ListModelsRequest, context: Any
     ) -> models_pb2.ListModelsResponse:
         page = convert.page(request.page_size, request.page_token)
-        models, after = await asyncio.to_thread(self._registry.list_models, page)
+        models, after = await _in(self._threads, self._registry.list_models, page)
         return models_pb2.ListModelsResponse(
             models=map(convert.model, models), next_page_token=convert.page_token(after)
         )
 
     async def GetModel(self, request: models_pb2.GetModelRequest, context: Any) -> models_pb2.GetModelResponse:  # noqa: N802
-        model = await asyncio.to_thread(self._registry.get_model, convert.parse_name(request.name, "models"))
+        model = await _in(self._threads, self._registry.get_model, convert.parse_name(request.name, "models"))
         return models_pb2.GetModelResponse(model=convert.model(model))
 
     async def ListModelVersions(  # noqa: N802
@@ -207,7 +220,7 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
     ) -> models_pb2.ListModelVersionsResponse:
         name = convert.parse_name(request.parent, "models", field="parent")
         page = convert.page(request.page_size, request.page_token)
-        versions, after = await asyncio.to_thread(self._registry.list_versions, name, page)
+        versions, after = await _in(self._threads, self._registry.list_versions, name, page)
         return models_pb2.ListModelVersionsResponse(
             model_versions=map(convert.model_version, versions), next_page_token=convert.page_token(after)
         )
@@ -215,13 +228,13 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
     async def GetModelVersion(  # noqa: N802
         self, request: models_pb2.GetModelVersionRequest, context: Any
     ) -> models_pb2.GetModelVersionResponse:
-        version = await asyncio.to_thread(self._registry.get, *convert.parse_version_name(request.name))
+        version = await _in(self._threads, self._registry.get, *convert.parse_version_name(request.name))
         return models_pb2.GetModelVersionResponse(model_version=convert.model_version(version))
 
     async def DeleteModelVersion(  # noqa: N802
         self, request: models_pb2.DeleteModelVersionRequest, context: Any
     ) -> models_pb2.DeleteModelVersionResponse:
-        version = await asyncio.to_thread(self._registry.delete, *convert.parse_version_name(request.name))
+        version = await _in(self._threads, self._registry.delete, *convert.parse_version_name(request.name))
         await self._engine.unload(version.digest)
         return models_pb2.DeleteModelVersionResponse()
 
@@ -232,6 +245,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._engine = engine
         self._texts = texts
         self._verified: set[str] = set()
+        self._threads = _registry_threads()
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -258,7 +272,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _answer(self, asked: core.GenerationInput) -> AsyncGenerator[str | core.Completion]:
         """Text deltas, then the facts. Closing the iterator stops the decoding."""
         received = time.monotonic()
-        answerer, request = await asyncio.to_thread(self._prepare, asked)
+        answerer, request = await _in(self._threads, self._prepare, asked)
         first: float | None = None
         async with aclosing(self._engine.generate(request)) as pieces:
             async for piece in pieces:

@@ -42,7 +42,8 @@ def start(folder: Path, base: Path, *words: str, **settings: str) -> subprocess.
 
 def run(folder: Path, base: Path) -> tuple[dict[str, Any], str]:
     """One run with `--json`: its object, and what it said."""
-    process = start(folder, base, "--json", KNOWLEDGE_WANDB_API_KEY="must-not-be-used")
+    keys = {"KNOWLEDGE_WANDB_API_KEY": "must-not-be-used", "KNOWLEDGE_OPENAI_API_KEY": "must-not-be-used"}
+    process = start(folder, base, "--json", **keys, KNOWLEDGE_OPENAI_BASE_URL="http://127.0.0.1:9")
     stdout, stderr = process.communicate(timeout=170)
     assert process.returncode == 0, stderr
     (line,) = stdout.splitlines()

@@ -324,13 +324,13 @@ class Bucket:
             return self._unreachable("is in another region; set AWS_REGION")
         if code in _REFUSALS or status in {401, 403}:
             return CredentialsError(
-                f"the bucket {self.name!r} refuses our credentials ({code}): renew AWS_ACCESS_KEY_ID, "
+                f"the bucket {self.name!r} refuses our credentials ({code}): correct or renew AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or allow them to read and write it",
                 reason=Reason.UPSTREAM_CREDENTIALS,
                 bucket=self.name,
                 code=code,
             )
-        return self._unreachable(f"answers {status} {code}".rstrip())
+        return self._unreachable(f"answers {status} {code if code != str(status) else ''}".rstrip())
 
     def _no_bucket(self) -> UpstreamError:
         return self._unreachable("does not exist; create it or correct KNOWLEDGE_S3_BUCKET")

@@ -662,9 +662,10 @@ async def serving(settings: Settings) -> AsyncIterator[tuple[RunningServer, mode
 
 
 async def test_a_server_tells_what_another_machine_published_and_deletes_it_there(
-    s3_settings: Callable[..., Settings], machines: Machines, tmp_path: Path
+    s3_settings: Callable[..., Settings], machines: Machines, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     published = publish(machines("a"), "job-1")
+    publish(Registry(tmp_path / "server" / "models"), "job-0", model="local")
     async with serving(s3_settings(data_dir=tmp_path / "server")) as (_, models):
         name = "models/shop/versions/1"
         version = (await models.GetModelVersion(models_pb2.GetModelVersionRequest(name=name))).model_version
@@ -672,6 +673,7 @@ async def test_a_server_tells_what_another_machine_published_and_deletes_it_ther
         assert [model.name for model in (await models.ListModels(models_pb2.ListModelsRequest())).models] == [
             "models/shop"
         ]
+        assert "holds versions from before a bucket was set" in caplog.text
         await models.DeleteModelVersion(models_pb2.DeleteModelVersionRequest(name=name))
     a = machines("a")
     a.sync()

@@ -93,6 +93,10 @@ class RunningServer:
         def observe(trouble: str | None) -> None:
             self._state.observe_service(Service.S3, trouble)
 
+        local = self._settings.data_dir / "models"
+        if any(local.glob("*/*/manifest.json")):
+            _LOG.warning("%s holds versions from before a bucket was set; they are kept and not served", local)
+
         arguments = (observe, self._bucket_is_over)
         threading.Thread(target=registry.follow, args=arguments, daemon=True, name="bucket").start()
 

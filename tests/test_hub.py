@@ -235,6 +235,15 @@ def test_a_server_without_ranges_starts_over(fake: FakeHub, settings: Settings, 
     assert (prepare_base(settings, "base", ignore).folder / WEIGHTS).read_bytes() == weights
 
 
+def test_a_restart_that_is_cut_too_mixes_nothing(fake: FakeHub, settings: Settings, weights: bytes) -> None:
+    fake.faults += [
+        Fault("blob/", cut_at=0.5),
+        Fault("blob/", ignores_range=True, cut_at=0.2),
+        Fault("blob/", cut_at=0.6),
+    ]
+    assert (prepare_base(settings, "base", ignore).folder / WEIGHTS).read_bytes() == weights
+
+
 def test_a_range_that_is_refused_starts_over(fake: FakeHub, settings: Settings, weights: bytes) -> None:
     fake.faults += [Fault("blob/", cut_at=0.5), Fault("blob/", status=416)]
     assert (prepare_base(settings, "base", ignore).folder / WEIGHTS).read_bytes() == weights

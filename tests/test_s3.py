@@ -34,12 +34,19 @@ from knowledge_engine.core import (
     TrainingSpec,
     utc_now,
 )
-from knowledge_engine.errors import CredentialsError, IntegrityError, NotFoundError, Reason, UpstreamError
+from knowledge_engine.errors import (
+    CredentialsError,
+    IntegrityError,
+    InvalidSpecError,
+    NotFoundError,
+    Reason,
+    UpstreamError,
+)
 from knowledge_engine.registry import Registry
 from knowledge_engine.remote import Remote
 from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
-from knowledge_engine.storage import PART_BYTES, Bucket
+from knowledge_engine.storage import PART_BYTES, Bucket, Stored
 from knowledge_engine.training.publishing import Trained, drop_kept, find_kept, fingerprint, keep, publish_patiently
 from knowledge_engine.v1 import jobs_pb2, jobs_pb2_grpc, models_pb2, models_pb2_grpc
 from tests.faulty_proxy import Fault, FaultyProxy
@@ -152,12 +159,14 @@ def test_a_deletion_that_was_killed_is_finished(machines: Machines, bucket: Buck
     assert seaweed.keys(bucket.name) == [FOLDER + "deleted.json"]
 
 
-def test_a_version_taken_out_of_the_bucket_by_hand_is_gone(machines: Machines, bucket: Bucket) -> None:
+def test_an_emptied_bucket_costs_no_copy_and_gives_no_number_twice(machines: Machines, bucket: Bucket) -> None:
     a = machines("a")
-    publish(a, "job-1")
-    bucket.delete([FOLDER + "manifest.json"])
+    published = publish(a, "job-1")
+    bucket.delete([stored.key for stored in bucket.list_objects("models/")])
     a.sync()
-    assert names(a) == []
+    assert a.resolve("shop", None) == published
+    a.verify("shop", 1)
+    assert publish(a, "job-2").version == 2
 
 
 def test_concurrent_publishers_get_different_numbers_and_overwrite_nothing(
@@ -188,12 +197,55 @@ def test_a_job_publishes_once_wherever_it_runs_again(machines: Machines) -> None
     assert a.get_model("shop").num_versions == 1
 
 
-def test_a_published_version_is_never_overwritten(machines: Machines, bucket: Bucket) -> None:
-    publish(machines("a"), "job-1")
-    before = bucket.get(FOLDER + "manifest.json")
-    assert not bucket.put(FOLDER + "manifest.json", b"{}", only_new=True)
-    assert not bucket.put(FOLDER + "claim.json", b"{}", only_new=True)
-    assert bucket.get(FOLDER + "manifest.json") == before
+class Meanwhile(Bucket):
+    """Something happens right after it was listed, and what was listed is no longer true."""
+
+    then: Callable[[], object] = staticmethod(lambda: None)
+
+    def list_objects(self, prefix: str) -> list[Stored]:
+        found = super().list_objects(prefix)
+        then, self.then = self.then, lambda: None
+        then()
+        return found
+
+
+class Careless(Bucket):
+    """An S3 server that does not know `If-None-Match`."""
+
+    def put(self, key: str, body: bytes, *, only_new: bool = False) -> bool:
+        return super().put(key, body)
+
+
+def test_a_published_version_is_never_overwritten(
+    machines: Machines, bucket: Bucket, tmp_path: Path, seaweed: Seaweed
+) -> None:
+    stale = Meanwhile(bucket._settings)
+    stale.then = lambda: publish(machines("a"), "job-1")
+    published = Remote(stale).publish("shop", "job-2", tmp_path, {}, lambda version: b"second", lambda: None)
+    assert published == (2, b"second")
+    reader = machines("b")
+    assert reader.get("shop", 1).job_id == "job-1"
+    reader.verify("shop", 1)
+
+
+def test_a_server_without_conditional_writes_is_refused(bucket: Bucket, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpecError, match="If-None-Match"):
+        Remote(Careless(bucket._settings)).publish("shop", "job-1", tmp_path, {}, lambda version: b"x", lambda: None)
+
+
+def test_a_publisher_that_comes_back_under_the_sweep_keeps_its_version(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put(FOLDER + "claim.json", b'{"job_id": "job-1"}')
+    late = Meanwhile(bucket._settings)
+    published: list[tuple[int, bytes]] = []
+
+    def come_back() -> None:
+        publisher = Remote(bucket)
+        published.append(publisher.publish("shop", "job-1", tmp_path, {}, lambda version: b"ours", lambda: None))
+
+    late.then = come_back
+    Remote(late).sweep(utc_now() + timedelta(hours=1))
+    assert published == [(1, b"ours")]
+    assert Remote(bucket).read_manifest("shop", 1) == b"ours"
 
 
 def test_a_manifest_that_is_there_first_counts(bucket: Bucket, tmp_path: Path) -> None:
@@ -360,14 +412,18 @@ def test_leftovers_are_swept_by_age_and_published_versions_stay(
     kept = seaweed.keys(bucket.name)
     bucket.put("models/shop/2/claim.json", b'{"job_id": "dead"}')
     bucket.put(f"models/shop/2/{WEIGHTS}", b"half")
-    bucket.put("elsewhere", b"not ours")
-    seaweed.client.create_multipart_upload(Bucket=bucket.name, Key=f"models/shop/3/{WEIGHTS}")
+    others = ["elsewhere", "models/resnet/1/model.onnx"]
+    for key in others:
+        bucket.put(key, b"not ours")
+    for key in (f"models/shop/2/{WEIGHTS}.part", "models/resnet/2/model.onnx"):
+        seaweed.client.create_multipart_upload(Bucket=bucket.name, Key=key)
     remote = Remote(bucket)
     remote.sweep(utc_now() - timedelta(hours=24))
-    assert len(seaweed.keys(bucket.name)) == len(kept) + 3
+    assert len(seaweed.keys(bucket.name)) == len(kept) + 4
     remote.sweep(utc_now() + timedelta(hours=1))
-    assert seaweed.keys(bucket.name) == sorted([*kept, "elsewhere", "models/shop/2/deleted.json"])
-    assert "Uploads" not in seaweed.client.list_multipart_uploads(Bucket=bucket.name)
+    assert seaweed.keys(bucket.name) == sorted([*kept, *others, "models/shop/2/deleted.json"])
+    uploads = seaweed.client.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
+    assert [upload["Key"] for upload in uploads] == ["models/resnet/2/model.onnx"]
     assert "version 2 of model 'shop' were taken away" in caplog.text
     assert publish(machines("b"), "job-2").version == 3
 
@@ -473,9 +529,9 @@ def test_patience_ends_with_one_clear_failure_and_the_next_try_goes_on(
 ) -> None:
     proxy.faults = [Fault("slow down", "PUT", "manifest.json")]
     with pytest.raises(UpstreamError, match=r"503 SlowDown.*kept") as caught:
-        publisher.run(patience=2)
+        publisher.run(patience=4)
     assert caught.value.reason is Reason.STORAGE_UNREACHABLE
-    assert len(publisher.context.warnings) <= 1
+    assert len(publisher.context.warnings) == 1
     assert publisher.context.observed[-1] is not None
     reader = machines("b")
     reader.sync()
@@ -486,11 +542,11 @@ def test_patience_ends_with_one_clear_failure_and_the_next_try_goes_on(
 
 
 def test_expired_credentials_fail_at_once(publisher: Publisher, proxy: FaultyProxy) -> None:
-    proxy.faults = [Fault("expired", after=4)]
+    proxy.faults = [Fault("expired", after=3)]
     with pytest.raises(CredentialsError, match=r"ExpiredToken.*kept") as caught:
         publisher.run()
     assert caught.value.reason is Reason.UPSTREAM_CREDENTIALS
-    assert len(proxy.requests) == 5
+    assert len(proxy.requests) == 4
     assert publisher.context.warnings == []
     assert publisher.context.observed == [caught.value.message.split(";")[0]]
 

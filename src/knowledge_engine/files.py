@@ -1,12 +1,18 @@
-"""What several stores on disk need: a file's digest, durability, a JSON object that may be missing."""
+"""What several stores on disk need: a file's digest, durability, room, a JSON object that may be missing."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+
+from knowledge_engine.errors import CapacityError, Reason
+
+RESERVE_BYTES = 10**9
+"""What a download leaves free on the disk, for the state store above all."""
 
 
 def sha256_of(path: Path) -> str:
@@ -22,6 +28,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def demand_space(folder: Path, needed_bytes: int) -> None:
+    """Raises CapacityError: DISK_FULL, when a download of so many bytes into `folder` would not fit."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > 0 and free < needed_bytes + RESERVE_BYTES:
+        raise CapacityError(
+            f"the disk of KNOWLEDGE_DATA_DIR has {free / 1e9:.1f} GB free and the download needs "
+            f"{(needed_bytes + RESERVE_BYTES) / 1e9:.1f} GB, 1 GB of it as a reserve; make room, or set "
+            "KNOWLEDGE_DATA_DIR to a larger disk",
+            reason=Reason.DISK_FULL,
+            free_bytes=free,
+            needed_bytes=needed_bytes,
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import importlib.metadata
 import logging
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from knowledge_engine.errors import (
     Reason,
     UpstreamError,
 )
-from knowledge_engine.files import read_json, sync
+from knowledge_engine.files import demand_space, read_json, sync
 from knowledge_engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,9 +52,6 @@ PATIENCE_SECONDS = 60.0
 MAX_TOLD_SECONDS = 300.0
 """The hub counts requests in windows of five minutes."""
 MAX_TOLD = 3
-RESERVE_BYTES = 10**9
-"""What a download leaves free on the disk, for the state store above all."""
-
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
 _CONNECT_SECONDS, _READ_SECONDS, _PROBE_SECONDS = 10.0, 20.0, 5.0
 _TICK_SECONDS = 0.2
@@ -279,7 +275,7 @@ def fetch(
         if file.sha256 is None and file.blob_id is None:
             raise _unreachable(settings, f"it lists no digest for {file.name}, so nothing could be checked")
     total = sum(file.size for file in files)
-    _demand_space(folder, total - sum(_size(folder / file.name) for file in files))
+    demand_space(folder, total - sum(_size(folder / file.name) for file in files))
     transfer = _Transfer(settings, snapshot, folder, patience_seconds)
 
     def work(stop: threading.Event) -> dict[str, str]:
@@ -353,9 +349,12 @@ class _Sums:
 
     def __init__(self, file: HubFile) -> None:
         self._file = file
+        self.clear()
+
+    def clear(self) -> None:
         self.size = 0
         self._sha256 = hashlib.sha256()
-        self._blob = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+        self._blob = hashlib.sha1(f"blob {self._file.size}\0".encode(), usedforsecurity=False)
 
     def update(self, data: bytes) -> None:
         self.size += len(data)
@@ -385,6 +384,7 @@ class _Transfer:
         self._folder = folder
         self._patience_seconds = patience_seconds
         self.num_bytes = 0
+        self._num_received = 0
 
     def fetch(self, file: HubFile, stop: threading.Event) -> str:
         """Completes one file and checks it; wrong bytes are thrown away and fetched once more. Returns its sha256."""
@@ -414,13 +414,13 @@ class _Transfer:
             sums = self._take_over(file, stream, stop)
             patience = _Patience(self._settings, self._patience_seconds, stop)
             while sums.size < file.size:
-                before = sums.size
+                before = self._num_received
                 try:
-                    sums = self._stream(file, stream, sums, stop)
+                    self._stream(file, stream, sums, stop)
                     trouble = _Trouble("its answer ended early")
                 except Exception as error:
                     trouble = _find_trouble(error, self._settings, self._hub_id)
-                if sums.size > before:
+                if self._num_received > before:
                     patience = _Patience(self._settings, self._patience_seconds, stop)
                 if sums.size < file.size:
                     patience.wait(trouble)
@@ -436,8 +436,8 @@ class _Transfer:
             self._count(sums, data, stop)
         return sums
 
-    def _stream(self, file: HubFile, stream: IO[bytes], sums: _Sums, stop: threading.Event) -> _Sums:
-        """One request for the rest of the file; returns the digests, new ones if it had to start over."""
+    def _stream(self, file: HubFile, stream: IO[bytes], sums: _Sums, stop: threading.Event) -> None:
+        """One request for the rest of the file. However it ends, `sums` are those of what is in the file."""
         import httpx2
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
@@ -456,15 +456,15 @@ class _Transfer:
                 self.num_bytes -= sums.size
                 stream.seek(0)
                 stream.truncate()
-                sums = _Sums(file)
+                sums.clear()
             if response.status_code == 416:  # what is here is no part of that file: the next try begins anew
-                return sums
+                return
             for chunk in response.iter_bytes():
                 self._count(sums, chunk, stop)
                 stream.write(chunk)
+                self._num_received += len(chunk)
                 if sums.size > file.size:
                     break  # more than the hub lists: wrong bytes
-        return sums
 
     def _count(self, sums: _Sums, data: bytes, stop: threading.Event) -> None:
         if stop.is_set():
@@ -476,20 +476,6 @@ class _Transfer:
 def _continues(response: Response, offset: int) -> bool:
     """Whether the server gives what follows `offset`, and not the whole file again."""
     return response.status_code == 206 and response.headers.get("content-range", "").startswith(f"bytes {offset}-")
-
-
-def _demand_space(folder: Path, needed_bytes: int) -> None:
-    """Raises CapacityError: DISK_FULL, when the files would not fit."""
-    free = shutil.disk_usage(folder).free
-    if needed_bytes > 0 and free < needed_bytes + RESERVE_BYTES:
-        raise CapacityError(
-            f"the disk of KNOWLEDGE_DATA_DIR has {free / 1e9:.1f} GB free and the download needs "
-            f"{(needed_bytes + RESERVE_BYTES) / 1e9:.1f} GB, 1 GB of it as a reserve; make room, or set "
-            "KNOWLEDGE_DATA_DIR to a larger disk",
-            reason=Reason.DISK_FULL,
-            free_bytes=free,
-            needed_bytes=needed_bytes,
-        )
 
 
 def _size(path: Path) -> int:
@@ -590,7 +576,7 @@ def _unreachable(settings: Settings, what: str, retry_after_seconds: float | Non
         f"the model hub at {_host(settings)} does not answer as it should ({what}); try again later, a download "
         "goes on where it stopped",
         reason=Reason.HUB_UNREACHABLE,
-        retry_after_seconds=retry_after_seconds or PAUSE_SECONDS,
+        retry_after_seconds=min(retry_after_seconds or PAUSE_SECONDS, MAX_TOLD_SECONDS),
         host=_host(settings),
         problem=what,
     )

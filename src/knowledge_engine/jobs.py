@@ -139,6 +139,9 @@ class Jobs:
             except KnowledgeEngineError as error:
                 self.trouble = error.message
                 _LOG.warning("jobs cannot be dispatched now: %s", error.message)
+            except Exception:  # a process that cannot be started, for one; the next round tries again
+                self.trouble = "jobs cannot be started now; the server's log says why"
+                _LOG.exception("jobs cannot be dispatched now")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _SWEEP_SECONDS)
 

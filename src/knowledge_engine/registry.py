@@ -47,7 +47,7 @@ from knowledge_engine.errors import (
     UpstreamError,
     from_dict,
 )
-from knowledge_engine.files import sha256_of, sync
+from knowledge_engine.files import demand_space, sha256_of, sync
 from knowledge_engine.manifest import MANIFEST, FileEntry, Manifest, corrupt, parse_manifest
 from knowledge_engine.remote import Remote
 from knowledge_engine.settings import Settings
@@ -60,7 +60,9 @@ LEFTOVER_AGE = timedelta(hours=24)
 
 _STAGING = ".staging"
 _LOCKS = ".locks"
+_TEMPORARY = "tmp-"
 _HASTY_SECONDS = 3.0
+_REPEAT_SECONDS = 600.0
 _QUIET_SECONDS = 5.0  # a bucket that just did not answer is not asked again for every caller
 
 _LOG = logging.getLogger(__name__)
@@ -152,7 +154,8 @@ class Registry:
         home = self._root / spec.model
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._remote is not None:
-            version, text = self._remote.publish(spec.model, job_id, folder, files, manifest_of, check)
+            known = max(self._numbers(spec.model, deleted=True), default=0)
+            version, text = self._remote.publish(spec.model, job_id, folder, files, manifest_of, check, known)
             _write_durably(folder / MANIFEST, text)
             with self._lock(spec.model, version):
                 _merge(folder, home / str(version))
@@ -266,9 +269,9 @@ class Registry:
                     _LOG.warning("%s", error.message)
         for name in [model] if model is not None else self._models():
             for version in self._numbers(name):
-                # Asked for by itself: it may have been published since the listing was made.
-                if (name, version) not in published and remote.read_manifest(name, version) is None:
-                    _LOG.info("version %d of model %r is gone from the bucket", version, name)
+                # Not being listed is not enough: an emptied or exchanged bucket must not cost the last copies.
+                if (name, version) not in published and remote.is_deleted(name, version):
+                    _LOG.info("version %d of model %r was deleted from the bucket", version, name)
                     self._take_away(name, version)
 
     def follow(
@@ -284,25 +287,38 @@ class Registry:
         `observe` is told when the bucket begins to give trouble, in one sentence, and when that is over."""
         assert self._remote is not None
         told: str | None = "nothing yet"
-        next_sweep = 0.0
+        next_sweep = next_word = 0.0
         while not stop.is_set():
             trouble = None
             try:
                 self._watch_trouble(self.sync)
                 if time.monotonic() >= next_sweep:
-                    self._remote.sweep(utc_now() - leftover_age)
                     next_sweep = time.monotonic() + sweep_seconds
+                    self._sweep(leftover_age)
             except KnowledgeEngineError as error:
                 trouble = error.message
             except Exception:  # the thread must outlive whatever this was
                 _LOG.exception("the bucket cannot be followed")
                 trouble = "following the bucket failed unexpectedly; the server's log says more"
-            if trouble != told and not stop.is_set():
+            if trouble != told:
                 _LOG.log(logging.WARNING if trouble else logging.INFO, "bucket: %s", trouble or "in step")
+            # Trouble that lasts is told again: what was last said is believed for a while only.
+            if (trouble != told or (trouble and time.monotonic() >= next_word)) and not stop.is_set():
                 with contextlib.suppress(KnowledgeEngineError):  # the store has its own trouble: told next time
                     observe(trouble)
-                    told = trouble
+                    told, next_word = trouble, time.monotonic() + _REPEAT_SECONDS
             stop.wait(sync_seconds)
+
+    def _sweep(self, leftover_age: timedelta) -> None:
+        """A bucket that may be read and not cleaned serves as well: that is for the log alone."""
+        assert self._remote is not None
+        for folder in (self._root / _STAGING).glob(f"{_TEMPORARY}*"):  # of processes that were killed
+            if time.time() - folder.stat().st_mtime > leftover_age.total_seconds():
+                shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self._remote.sweep(utc_now() - leftover_age)
+        except (UpstreamError, CredentialsError) as error:
+            _LOG.warning("the bucket's leftovers cannot be taken away: %s", error.message)
 
     def _ask(self, question: Callable[[], None]) -> None:
         """Looks into the bucket for what is not here; one that has just failed is not asked again at once."""
@@ -338,6 +354,7 @@ class Registry:
         sync(home)
 
     def _bring_file(self, remote: Remote, model: str, version: int, name: str, entry: FileEntry) -> None:
+        demand_space(self._root, entry.size_bytes)
         folder = self._fresh_folder()
         try:
             remote.fetch(model, version, name, entry, folder / name)
@@ -404,7 +421,7 @@ class Registry:
         shutil.rmtree(grave, ignore_errors=True)
 
     def _fresh_folder(self) -> Path:
-        folder = self._root / _STAGING / f"tmp-{secrets.token_hex(8)}"
+        folder = self._root / _STAGING / f"{_TEMPORARY}{secrets.token_hex(8)}"
         folder.mkdir(parents=True, mode=0o700)
         return folder
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import sqlalchemy as sa
 from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import event as sa_event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import IntegrityError as ConstraintError
 
 from knowledge_engine.core import (
     LEGAL_TRANSITIONS,
@@ -58,6 +59,7 @@ from knowledge_engine.errors import (
     UpstreamError,
 )
 
+_OUR_MISTAKES = (ConstraintError, DataError, NotSupportedError, ProgrammingError)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _PAYLOAD: TypeAdapter[EventPayload] = TypeAdapter(EventPayload)
@@ -202,9 +204,11 @@ class State:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except OperationalError as error:
+        except DatabaseError as error:
+            if isinstance(error, _OUR_MISTAKES):
+                raise
             raise UpstreamError(
-                "the state store does not answer", reason=Reason.STATE_UNAVAILABLE, retry_after_seconds=2
+                "the state store does not answer, or is damaged", reason=Reason.STATE_UNAVAILABLE, retry_after_seconds=2
             ) from error
 
     # --- jobs, seen from outside ----------------------------------------------------------------------------------

@@ -170,11 +170,13 @@ class Bucket:
             for failure in answer.get("Errors", ()):
                 raise self._from_code(failure.get("Code", ""), 200)
 
-    def abort_uploads(self, prefix: str, before: datetime) -> int:
-        """Ends uploads in parts below `prefix` that were begun before a moment and never completed; says how many."""
+    def abort_uploads(self, prefix: str, before: datetime, is_ours: Callable[[str], bool]) -> int:
+        """Ends uploads in parts below `prefix`, of keys that are ours, that were begun before a moment and never
+        completed; says how many."""
         with self._errors():
             pages = self._client().get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix)
-            uploads = [upload for page in pages for upload in page.get("Uploads", ()) if upload["Initiated"] < before]
+            found = (upload for page in pages for upload in page.get("Uploads", ()))
+            uploads = [upload for upload in found if upload["Initiated"] < before and is_ours(upload["Key"])]
         for upload in uploads:
             # Gone meanwhile is as good.
             with self._errors(), contextlib.suppress(self._client().exceptions.NoSuchUpload):

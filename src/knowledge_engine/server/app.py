@@ -61,6 +61,7 @@ SERVICES = (
     INFERENCE_SERVICE,
 )
 
+_LAST_SECONDS = 3.0
 _OPTIONS = (
     # A second server on the same port must fail, not share it.
     ("grpc.so_reuseport", 0),
@@ -217,3 +218,7 @@ def main() -> None:
         asyncio.run(serve(load_settings()))
     except KnowledgeEngineError as error:
         raise SystemExit(f"{error.message}") from None
+    # The interpreter waits for threads of pools; one of them may be inside a bucket that hangs.
+    end = threading.Timer(_LAST_SECONDS, os._exit, (0,))
+    end.daemon = True
+    end.start()

@@ -9,9 +9,10 @@ through grpc.health.v1, under the names of `core.Service` beside those of the co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -33,9 +34,12 @@ Probe = Callable[[], None]
 
 _PUBLISH_SECONDS = 0.25
 _STORE_SECONDS = 1.0
+_LOOK_SECONDS = 15.0  # in all; a probe bounds each of its steps
 _AGAIN_SECONDS = 10.0  # a service that is down is looked at more often, to be found soon when it is back
 _WORK_COUNTS_FOR = timedelta(hours=1)  # then its trouble is history, not state
 _WORDS = {state: health_pb2.HealthCheckResponse.ServingStatus.Value(word) for word, state in HEALTH_WORDS.items()}
+
+_OUTSIDE = frozenset({Service.TRACKER.value, Service.OPENAI.value, Service.S3.value, Service.HUB.value})
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,6 +52,12 @@ class Health(HealthServicer):  # type: ignore[misc]  # the library is untyped
     ) -> health_pb2.HealthListResponse:
         statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
         return health_pb2.HealthListResponse(statuses=statuses)
+
+    async def enter_graceful_shutdown(self) -> None:
+        """What others are does not change because we end."""
+        others = {name: status for name, status in self._server_status.items() if name in _OUTSIDE}
+        await super().enter_graceful_shutdown()
+        self._server_status.update(others)
 
 
 class Watchman:
@@ -71,12 +81,11 @@ class Watchman:
         self._services = services
         self._inference_service = inference_service
         self._probes = find_probes(settings)
-        # A look that hangs must not take a thread from the store's calls.
-        self._threads = ThreadPoolExecutor(max(1, len(self._probes)), thread_name_prefix="probe")
         self._looks: dict[Service, str] = {}  # what the latest look found wrong; empty for nothing
         self._work: Mapping[Service, Observation] = {}
         self._store_trouble = ""
         self._told: dict[str, ServiceState] = {}
+        self._said: dict[Service, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -94,7 +103,6 @@ class Watchman:
     def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- looking --------------------------------------------------------------------------------------------------
 
@@ -106,7 +114,9 @@ class Watchman:
 
     async def _look(self, service: Service, probe: Probe) -> str:
         try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, probe)
+            await asyncio.wait_for(_in_own_thread(probe), _LOOK_SECONDS)
+        except TimeoutError:
+            return "it does not answer in time"
         except KnowledgeEngineError as error:
             return error.message
         except Exception:  # a probe that is broken says nothing good of its service, and ends nothing else
@@ -121,6 +131,9 @@ class Watchman:
                 self._store_trouble = ""
             except KnowledgeEngineError as error:
                 self._store_trouble = error.message
+            except Exception:
+                _LOG.exception("looking at the store failed")
+                self._store_trouble = "looking at it failed unexpectedly; the server's log says more"
             await asyncio.sleep(_STORE_SECONDS)
 
     # --- telling --------------------------------------------------------------------------------------------------
@@ -133,28 +146,32 @@ class Watchman:
     async def _publish(self) -> None:
         seen = {service: self._see(service) for service in Service}
         for service, (state, why) in seen.items():
-            if await self._tell(service.value, state):
-                _LOG.info("%s: %s%s", service, state, f", {why}" if why else "")
+            await self._tell(service.value, state)
+            said = f"{service}: {state}{f', {why}' if why else ''}"
+            if self._said.get(service) != said:
+                self._said[service] = said
+                _LOG.info("%s", said)
         for name in ("", *self._services):
             state, _ = seen[Service.ENGINE if name == self._inference_service else Service.STORE]
             serves = state is ServiceState.OK or (state is ServiceState.DEGRADED and name != self._inference_service)
             await self._tell(name, ServiceState.OK if serves else ServiceState.DOWN)
 
-    async def _tell(self, name: str, state: ServiceState) -> bool:
-        """Publishes a state; False where it is no news."""
-        if self._told.get(name) is state:
-            return False
-        self._told[name] = state
-        if state is not ServiceState.NOT_CONFIGURED:
-            await self._health.set(name, _WORDS[state])
-        return True
+    async def _tell(self, name: str, state: ServiceState) -> None:
+        """Publishes a state if it is news."""
+        if self._told.get(name) is not state:
+            self._told[name] = state
+            if state is not ServiceState.NOT_CONFIGURED:
+                await self._health.set(name, _WORDS[state])
 
     def _see(self, service: Service) -> tuple[ServiceState, str]:
         """The state of a service now, and one sentence on why it is not well."""
         if service is Service.ENGINE:
             status = self._engine.status
             states = {"ready": ServiceState.OK, "down": ServiceState.DOWN}
-            return states.get(status.state, ServiceState.DEGRADED), f"{status.state} {status.detail}".strip()
+            # What it prepares changes with every percent; why it is down does not.
+            return states.get(
+                status.state, ServiceState.DEGRADED
+            ), status.detail if status.state == "down" else status.state
         if service is Service.STORE:
             if self._store_trouble:
                 return ServiceState.DOWN, self._store_trouble
@@ -170,6 +187,28 @@ class Watchman:
         if work is not None and work.trouble and utc_now() - work.update_time < _WORK_COUNTS_FOR:
             return ServiceState.DEGRADED, work.trouble
         return ServiceState.OK, ""
+
+
+async def _in_own_thread(probe: Probe) -> None:
+    """One that hangs takes no thread from anybody, and keeps no process from ending."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: BaseException | None) -> None:
+        if not done.done():  # nobody waits any more
+            done.set_exception(error) if error is not None else done.set_result(None)
+
+    def look() -> None:
+        error: BaseException | None = None
+        try:
+            probe()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=look, name="probe", daemon=True).start()
+    await done
 
 
 def find_probes(settings: Settings) -> dict[Service, Probe]:

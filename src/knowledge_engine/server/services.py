@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import IO, Any, TypeVar
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
 from knowledge_engine.datasets import Datasets
-from knowledge_engine.errors import InvalidSpecError, Reason, StateError, UpstreamError, Violation
+from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, StateError, UpstreamError, Violation
 from knowledge_engine.generation.chat_client import require_provider
 from knowledge_engine.generation.planner import Planner
 from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
@@ -39,6 +40,7 @@ from knowledge_engine.v1 import (
 DEFAULT_MAX_TOKENS = 500
 
 _REGISTRY_THREADS = 32
+_FETCH_THREADS = 16
 _Answer = TypeVar("_Answer")
 
 
@@ -245,7 +247,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._engine = engine
         self._texts = texts
         self._verified: set[str] = set()
+        self._verifying: dict[str, asyncio.Task[None]] = {}
         self._threads = _registry_threads()
+        # Its files may have to come first: that takes minutes, which nobody else should wait for.
+        self._fetch_threads = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -273,24 +278,46 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Text deltas, then the facts. Closing the iterator stops the decoding."""
         received = time.monotonic()
         answerer, request = await _in(self._threads, self._prepare, asked)
+        if isinstance(answerer, core.ModelVersion):
+            await self._verify(answerer)
         first: float | None = None
-        async with aclosing(self._engine.generate(request)) as pieces:
-            async for piece in pieces:
-                now = time.monotonic() - received
-                if isinstance(piece, TextDelta):
-                    first = now if first is None else first
-                    yield piece.text
-                elif isinstance(piece, Finished):
-                    yield core.Completion(
-                        finish_reason=piece.finish_reason,
-                        prompt_tokens=piece.prompt_tokens,
-                        completion_tokens=piece.completion_tokens,
-                        model=asked.model,
-                        version=answerer.version if isinstance(answerer, core.ModelVersion) else None,
-                        digest=answerer.digest,
-                        time_to_first_token_seconds=now if first is None else first,
-                        total_seconds=now,
-                    )
+        try:
+            async with aclosing(self._engine.generate(request)) as pieces:
+                async for piece in pieces:
+                    now = time.monotonic() - received
+                    if isinstance(piece, TextDelta):
+                        first = now if first is None else first
+                        yield piece.text
+                    elif isinstance(piece, Finished):
+                        yield core.Completion(
+                            finish_reason=piece.finish_reason,
+                            prompt_tokens=piece.prompt_tokens,
+                            completion_tokens=piece.completion_tokens,
+                            model=asked.model,
+                            version=answerer.version if isinstance(answerer, core.ModelVersion) else None,
+                            digest=answerer.digest,
+                            time_to_first_token_seconds=now if first is None else first,
+                            total_seconds=now,
+                        )
+        except IntegrityError:
+            self._verified.discard(answerer.digest)  # its files went after they were verified: look again next time
+            raise
+
+    async def _verify(self, version: core.ModelVersion) -> None:
+        """Once for each version, however many ask for it; the work goes on when they leave."""
+        if version.digest in self._verified:
+            return
+        task = self._verifying.get(version.digest)
+        if task is None:
+            verifying = _in(self._fetch_threads, self._registry.verify, version.model, version.version)
+            task = self._verifying[version.digest] = asyncio.create_task(verifying)
+            task.add_done_callback(functools.partial(self._end_verifying, version.digest))
+        await asyncio.shield(task)
+
+    def _end_verifying(self, digest: str, task: asyncio.Task[None]) -> None:
+        del self._verifying[digest]
+        if not task.cancelled() and task.exception() is None:
+            self._verified.add(digest)
 
     def _prepare(self, asked: core.GenerationInput) -> tuple[core.ModelVersion | Base, EngineRequest]:
         """Who answers, and what it is asked; blocks."""
@@ -321,9 +348,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 version=version.version,
                 base_model=version.base_model,
             )
-        if version.digest not in self._verified:
-            self._registry.verify(version.model, version.version)
-            self._verified.add(version.digest)
 
 
 def _encode(asked: core.GenerationInput, base: Base, text: ChatText) -> list[int]:

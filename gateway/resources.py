@@ -225,6 +225,8 @@ class ModelVersion(BaseModel):
     training_precision: str
     size_bytes: int
     create_time: Time | None
+    base_source: str = Field(description="The name that base goes by everywhere.")
+    base_revision: str = Field(description="The commit of a base from the model hub; empty for others.")
 
 
 class Model(BaseModel):

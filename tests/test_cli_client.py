@@ -144,6 +144,8 @@ def test_dataset_and_model_survive_the_wire() -> None:
         digest="sha256:aa",
         base_model="base",
         base_digest="sha256:dd",
+        base_source="org/name",
+        base_revision="c0ffee",
         dataset_digest="sha256:bb",
         chat_template_digest="sha256:ee",
         job_id="j2",

@@ -45,9 +45,18 @@ from knowledge_engine.errors import (
 from knowledge_engine.registry import Registry
 from knowledge_engine.remote import Remote
 from knowledge_engine.server.app import RunningServer, start_server
+from knowledge_engine.server.services import InferenceServicer, _in
 from knowledge_engine.settings import Settings
 from knowledge_engine.storage import PART_BYTES, Bucket, Stored
-from knowledge_engine.training.publishing import Trained, drop_kept, find_kept, fingerprint, keep, publish_patiently
+from knowledge_engine.training.publishing import (
+    Trained,
+    drop_kept,
+    find_kept,
+    fingerprint,
+    keep,
+    publish_patiently,
+    sweep_kept,
+)
 from knowledge_engine.v1 import jobs_pb2, jobs_pb2_grpc, models_pb2, models_pb2_grpc
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.running import end, is_serving, start, wait_until
@@ -448,6 +457,8 @@ class FakeContext:
 
     def track(self, run: Any) -> None: ...
 
+    def at_end(self, call: Any) -> None: ...
+
     def warn(self, reason: str, message: str) -> None:
         self.warnings.append((reason, message))
 
@@ -694,6 +705,17 @@ def test_a_damaged_kept_adapter_is_not_used(make_settings: Callable[..., Setting
     assert find_kept(settings, "mark", "job-1") is not None
 
 
+def test_what_nobody_came_back_for_is_swept(make_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    settings = make_settings()
+    kept = keep(settings, "mark", *_trained(tmp_path / "staged"))
+    sweep_kept(settings, timedelta(0))  # its job is at work with it
+    kept.release()
+    sweep_kept(settings)
+    assert kept.folder.exists()
+    sweep_kept(settings, timedelta(0))
+    assert not list((settings.data_dir / "unpublished").iterdir())
+
+
 @pytest.mark.parametrize(
     "changes", [{"seed": 7}, {"model": "other"}, {"learning_rate": 0.5}], ids=["seed", "model", "learning rate"]
 )
@@ -759,6 +781,28 @@ async def test_a_server_with_a_bad_bucket_starts_and_says_so(
                 assert time.monotonic() < deadline
             assert said in seen[Service.S3].trouble
     assert "canary" not in caplog.text
+
+
+async def test_many_who_ask_for_one_version_wait_for_one_fetch(machines: Machines, proxy: FaultyProxy) -> None:
+    publish(machines("a"), "job-1")
+    registry = machines("b", proxied=True)
+    servicer = InferenceServicer(registry, None, None)  # type: ignore[arg-type]  # neither is asked here
+    version = registry.resolve("shop", None)
+    proxy.faults, proxy.requests = [Fault("stall", "GET", WEIGHTS, times=1)], []
+    calls = [asyncio.create_task(servicer._verify(version)) for _ in range(50)]
+    await asyncio.to_thread(wait_until, lambda: proxy.count("GET", WEIGHTS))
+    # Meanwhile everybody else finds a thread.
+    assert await asyncio.wait_for(_in(servicer._threads, registry.resolve, "shop", 1), 5) == version
+    calls.pop().cancel()  # one who leaves ends nothing for the others
+    await asyncio.gather(*calls)
+    assert proxy.count("GET", WEIGHTS) == 2  # the one that stalled, and its repetition
+    assert (registry.folder("shop", 1) / WEIGHTS).read_bytes() == b"weights"
+    # Once is enough, until the engine finds that the files are not what they were.
+    (registry.folder("shop", 1) / WEIGHTS).unlink()
+    await servicer._verify(version)
+    servicer._verified.clear()
+    await servicer._verify(version)
+    assert (registry.folder("shop", 1) / WEIGHTS).read_bytes() == b"weights"
 
 
 @pytest.mark.slow

@@ -246,6 +246,8 @@ def version_from_proto(version: models_pb2.ModelVersion) -> core.ModelVersion:
         digest=version.digest,
         base_model=version.base_model,
         base_digest=version.base_digest,
+        base_source=version.base_source,
+        base_revision=version.base_revision,
         dataset_digest=version.dataset_digest,
         chat_template_digest=version.chat_template_digest,
         job_id=_id(version.job),

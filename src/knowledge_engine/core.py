@@ -7,7 +7,7 @@ Every spec carries its defaults and its bounds, so that what is stored with a jo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -364,6 +364,8 @@ class ModelVersion(_Frozen):
     digest: str
     base_model: Name
     base_digest: str
+    base_source: str = ""
+    base_revision: str = ""
     dataset_digest: str
     chat_template_digest: str
     job_id: str
@@ -526,6 +528,10 @@ class JobContext(Protocol):
     def observe(self, service: Service, trouble: str | None) -> None:
         """Records how the latest work with an outside service went: None for well, else one sentence without secrets.
         Health tells it on."""
+
+    def at_end(self, call: Callable[[JobState | None], None]) -> None:
+        """Has `call` run when it is decided how the attempt ended: with the state that the job is in then, QUEUED after
+        an interruption, or None where this attempt has no say in it any more. It can report nothing then."""
 
     def check(self) -> None:
         """Returns while the attempt may go on; cheap, called at every step.

@@ -137,6 +137,8 @@ class Registry:
             "spec": spec.model_dump(mode="json"),
             "base_model": base.name,
             "base_digest": base.digest,
+            "base_source": base.source,
+            "base_revision": base.revision,
             "dataset_digest": dataset_digest,
             "chat_template_digest": chat_template_digest,
             "comparison": comparison and comparison.model_dump(mode="json"),

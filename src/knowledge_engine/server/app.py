@@ -35,6 +35,7 @@ from knowledge_engine.server.services import (
 from knowledge_engine.server.status import Guard
 from knowledge_engine.settings import Settings, load_settings, split_address
 from knowledge_engine.state import State
+from knowledge_engine.training.publishing import sweep_kept
 from knowledge_engine.v1 import (
     datasets_pb2,
     datasets_pb2_grpc,
@@ -135,6 +136,7 @@ async def start_server(settings: Settings) -> RunningServer:
     check_bases(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = await asyncio.to_thread(State.open, settings.state_url)
+    await asyncio.to_thread(sweep_kept, settings)
     registry = Registry.open(settings)
     datasets = Datasets(settings.data_dir / "datasets", state)
     engine = EngineClient(socket_path(settings))

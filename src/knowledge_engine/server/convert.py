@@ -294,6 +294,8 @@ def model_version(version: core.ModelVersion) -> models_pb2.ModelVersion:
         digest=version.digest,
         base_model=version.base_model,
         base_digest=version.base_digest,
+        base_source=version.base_source,
+        base_revision=version.base_revision,
         dataset_digest=version.dataset_digest,
         chat_template_digest=version.chat_template_digest,
         job=f"jobs/{version.job_id}",

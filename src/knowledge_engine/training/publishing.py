@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Upst
 from knowledge_engine.files import sha256_of, sync
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
+
+KEPT_FOR = timedelta(days=30)
 
 _FACTS = "trained.json"
 _ADAPTER = "adapter"
@@ -124,6 +127,18 @@ def drop_kept(settings: Settings, job_id: str) -> None:
         shutil.rmtree(entry, ignore_errors=True)
         with contextlib.suppress(OSError):  # others may have kept something under the same mark
             entry.parent.rmdir()
+
+
+def sweep_kept(settings: Settings, max_age: timedelta = KEPT_FOR) -> None:
+    """Takes away what nobody came back for; what a job is at work with stays."""
+    for entry in _root(settings).glob("*/*"):
+        lock = _take_lock(entry)
+        if lock is None:
+            continue
+        if time.time() - entry.stat().st_mtime > max_age.total_seconds():
+            _LOG.warning("the adapter that job %s could not publish is taken away: nobody came back for it", entry.name)
+            drop_kept(settings, entry.name)
+        os.close(lock)
 
 
 def publish_patiently(

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from knowledge_engine.v1 import training_pb2 as knowledge__engine_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n knowledge_engine/v1/models.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"knowledge_engine/v1/training.proto\"\xaf\x01\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x35\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12?\n\x0elatest_version\x18\x03 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_versions\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\"\xae\x03\n\x0cModelVersion\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nbase_model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x64\x61taset_digest\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\"\n\x14\x63hat_template_digest\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x11\n\x03job\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x04spec\x18\x08 \x01(\x0b\x32!.knowledge_engine.v1.TrainingSpecB\x04\xe2\x41\x01\x03\x12@\n\ncomparison\x18\t \x01(\x0b\x32&.knowledge_engine.v1.HeldOutComparisonB\x04\xe2\x41\x01\x03\x12 \n\x12training_precision\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x0b \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\"F\n\x11ListModelsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"e\n\x12ListModelsResponse\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"C\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\"c\n\x18ListModelVersionsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"{\n\x19ListModelVersionsResponse\x12?\n\x0emodel_versions\x18\x01 \x03(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\",\n\x16GetModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"Y\n\x17GetModelVersionResponse\x12>\n\rmodel_version\x18\x01 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\"/\n\x19\x44\x65leteModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x1c\n\x1a\x44\x65leteModelVersionResponse2\x9f\x04\n\x0cModelService\x12]\n\nListModels\x12&.knowledge_engine.v1.ListModelsRequest\x1a\'.knowledge_engine.v1.ListModelsResponse\x12W\n\x08GetModel\x12$.knowledge_engine.v1.GetModelRequest\x1a%.knowledge_engine.v1.GetModelResponse\x12r\n\x11ListModelVersions\x12-.knowledge_engine.v1.ListModelVersionsRequest\x1a..knowledge_engine.v1.ListModelVersionsResponse\x12l\n\x0fGetModelVersion\x12+.knowledge_engine.v1.GetModelVersionRequest\x1a,.knowledge_engine.v1.GetModelVersionResponse\x12u\n\x12\x44\x65leteModelVersion\x12..knowledge_engine.v1.DeleteModelVersionRequest\x1a/.knowledge_engine.v1.DeleteModelVersionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n knowledge_engine/v1/models.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"knowledge_engine/v1/training.proto\"\xaf\x01\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x35\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12?\n\x0elatest_version\x18\x03 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_versions\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\"\xe6\x03\n\x0cModelVersion\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nbase_model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x64\x61taset_digest\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\"\n\x14\x63hat_template_digest\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x11\n\x03job\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x04spec\x18\x08 \x01(\x0b\x32!.knowledge_engine.v1.TrainingSpecB\x04\xe2\x41\x01\x03\x12@\n\ncomparison\x18\t \x01(\x0b\x32&.knowledge_engine.v1.HeldOutComparisonB\x04\xe2\x41\x01\x03\x12 \n\x12training_precision\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x0b \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_source\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x1b\n\rbase_revision\x18\x0e \x01(\tB\x04\xe2\x41\x01\x03\"F\n\x11ListModelsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"e\n\x12ListModelsResponse\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"C\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\"c\n\x18ListModelVersionsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"{\n\x19ListModelVersionsResponse\x12?\n\x0emodel_versions\x18\x01 \x03(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\",\n\x16GetModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"Y\n\x17GetModelVersionResponse\x12>\n\rmodel_version\x18\x01 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\"/\n\x19\x44\x65leteModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x1c\n\x1a\x44\x65leteModelVersionResponse2\x9f\x04\n\x0cModelService\x12]\n\nListModels\x12&.knowledge_engine.v1.ListModelsRequest\x1a\'.knowledge_engine.v1.ListModelsResponse\x12W\n\x08GetModel\x12$.knowledge_engine.v1.GetModelRequest\x1a%.knowledge_engine.v1.GetModelResponse\x12r\n\x11ListModelVersions\x12-.knowledge_engine.v1.ListModelVersionsRequest\x1a..knowledge_engine.v1.ListModelVersionsResponse\x12l\n\x0fGetModelVersion\x12+.knowledge_engine.v1.GetModelVersionRequest\x1a,.knowledge_engine.v1.GetModelVersionResponse\x12u\n\x12\x44\x65leteModelVersion\x12..knowledge_engine.v1.DeleteModelVersionRequest\x1a/.knowledge_engine.v1.DeleteModelVersionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -66,6 +66,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELVERSION'].fields_by_name['size_bytes']._serialized_options = b'\342A\001\003'
   _globals['_MODELVERSION'].fields_by_name['create_time']._loaded_options = None
   _globals['_MODELVERSION'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
+  _globals['_MODELVERSION'].fields_by_name['base_source']._loaded_options = None
+  _globals['_MODELVERSION'].fields_by_name['base_source']._serialized_options = b'\342A\001\003'
+  _globals['_MODELVERSION'].fields_by_name['base_revision']._loaded_options = None
+  _globals['_MODELVERSION'].fields_by_name['base_revision']._serialized_options = b'\342A\001\003'
   _globals['_LISTMODELSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTMODELSREQUEST'].fields_by_name['page_size']._serialized_options = b'\342A\001\001'
   _globals['_LISTMODELSREQUEST'].fields_by_name['page_token']._loaded_options = None
@@ -97,27 +101,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_start=160
   _globals['_MODEL']._serialized_end=335
   _globals['_MODELVERSION']._serialized_start=338
-  _globals['_MODELVERSION']._serialized_end=768
-  _globals['_LISTMODELSREQUEST']._serialized_start=770
-  _globals['_LISTMODELSREQUEST']._serialized_end=840
-  _globals['_LISTMODELSRESPONSE']._serialized_start=842
-  _globals['_LISTMODELSRESPONSE']._serialized_end=943
-  _globals['_GETMODELREQUEST']._serialized_start=945
-  _globals['_GETMODELREQUEST']._serialized_end=982
-  _globals['_GETMODELRESPONSE']._serialized_start=984
-  _globals['_GETMODELRESPONSE']._serialized_end=1051
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=1053
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=1152
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=1154
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=1277
-  _globals['_GETMODELVERSIONREQUEST']._serialized_start=1279
-  _globals['_GETMODELVERSIONREQUEST']._serialized_end=1323
-  _globals['_GETMODELVERSIONRESPONSE']._serialized_start=1325
-  _globals['_GETMODELVERSIONRESPONSE']._serialized_end=1414
-  _globals['_DELETEMODELVERSIONREQUEST']._serialized_start=1416
-  _globals['_DELETEMODELVERSIONREQUEST']._serialized_end=1463
-  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_start=1465
-  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_end=1493
-  _globals['_MODELSERVICE']._serialized_start=1496
-  _globals['_MODELSERVICE']._serialized_end=2039
+  _globals['_MODELVERSION']._serialized_end=824
+  _globals['_LISTMODELSREQUEST']._serialized_start=826
+  _globals['_LISTMODELSREQUEST']._serialized_end=896
+  _globals['_LISTMODELSRESPONSE']._serialized_start=898
+  _globals['_LISTMODELSRESPONSE']._serialized_end=999
+  _globals['_GETMODELREQUEST']._serialized_start=1001
+  _globals['_GETMODELREQUEST']._serialized_end=1038
+  _globals['_GETMODELRESPONSE']._serialized_start=1040
+  _globals['_GETMODELRESPONSE']._serialized_end=1107
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=1109
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=1208
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=1210
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=1333
+  _globals['_GETMODELVERSIONREQUEST']._serialized_start=1335
+  _globals['_GETMODELVERSIONREQUEST']._serialized_end=1379
+  _globals['_GETMODELVERSIONRESPONSE']._serialized_start=1381
+  _globals['_GETMODELVERSIONRESPONSE']._serialized_end=1470
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_start=1472
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_end=1519
+  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_start=1521
+  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_end=1549
+  _globals['_MODELSERVICE']._serialized_start=1552
+  _globals['_MODELSERVICE']._serialized_end=2095
 # @@protoc_insertion_point(module_scope)

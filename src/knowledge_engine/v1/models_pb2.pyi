@@ -76,6 +76,8 @@ class ModelVersion(_message.Message):
     TRAINING_PRECISION_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    BASE_SOURCE_FIELD_NUMBER: _builtins.int
+    BASE_REVISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}/versions/{version}`, versions counted from 1."""
     digest: _builtins.str
@@ -94,6 +96,10 @@ class ModelVersion(_message.Message):
     """Precision of the base during training, such as `nf4` or `float32`."""
     size_bytes: _builtins.int
     """Size of its files in bytes."""
+    base_source: _builtins.str
+    """The name that base goes by everywhere, such as `meta-llama/Llama-2-7b-hf`."""
+    base_revision: _builtins.str
+    """The commit of a base that came from the model hub; empty for others."""
     @_builtins.property
     def spec(self) -> _training_pb2.TrainingSpec:
         """What that job was asked to do."""
@@ -121,10 +127,12 @@ class ModelVersion(_message.Message):
         training_precision: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        base_source: _builtins.str = ...,
+        base_revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "create_time", b"create_time", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "chat_template_digest", b"chat_template_digest", "comparison", b"comparison", "create_time", b"create_time", "dataset_digest", b"dataset_digest", "digest", b"digest", "job", b"job", "name", b"name", "size_bytes", b"size_bytes", "spec", b"spec", "training_precision", b"training_precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "base_revision", b"base_revision", "base_source", b"base_source", "chat_template_digest", b"chat_template_digest", "comparison", b"comparison", "create_time", b"create_time", "dataset_digest", b"dataset_digest", "digest", b"digest", "job", b"job", "name", b"name", "size_bytes", b"size_bytes", "spec", b"spec", "training_precision", b"training_precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from knowledge_engine.catalogue import Constraints, Product, parse_json, parse_price
 from knowledge_engine.generation.offline import OfflineVerbaliser
@@ -26,7 +27,8 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 700, 60
 
 @dataclass
 class Scripted:
-    """One answer. `cut` closes the connection hard after so many bytes of the body; `hang` never answers."""
+    """One answer. `cut` closes the connection hard after so many bytes of the body; `hang` never answers; `endless` is
+    a body of one byte every so many seconds, 200 in all, or without a pause of 64 MiB."""
 
     status: int = 200
     body: bytes | dict[str, Any] | None = None  # None: the plan's own answer
@@ -34,6 +36,7 @@ class Scripted:
     delay: float = 0.0
     cut: int | None = None
     hang: bool = False
+    endless: float | None = None
 
 
 @dataclass
@@ -131,6 +134,7 @@ class FakeOpenAI:
         self.requests: list[Request] = []
         self.at_once = 0
         self.most_at_once = 0
+        self.bytes_sent = 0
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -202,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         fake = self.server.fake
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if self.path != "/v1/chat/completions":
+        if urlsplit(self.path).path != "/v1/chat/completions":  # a proxy is sent the whole address
             return self._send(refusing(404, f"no such route: {self.path}"))
         headers = {name.lower(): value for name, value in self.headers.items()}
         answer = fake.take(headers, body)
@@ -225,6 +229,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         for name, value in ({"content-type": "application/json"} | dict(answer.headers)).items():
             self.send_header(name, value)
+        if answer.endless is not None:
+            self._send_on_and_on(answer.endless)
+            return
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         if answer.cut is None:
@@ -236,3 +243,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
+
+    def _send_on_and_on(self, every: float) -> None:
+        self.close_connection = True
+        self.end_headers()
+        pieces = [b" "] * 200 if every else [b" " * 65536] * 1024
+        for piece in pieces:
+            if self.server.fake.closing.wait(every):
+                return
+            self.wfile.write(piece)
+            self.server.fake.bytes_sent += len(piece)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import email.utils
 import json
 import os
@@ -32,9 +33,17 @@ from knowledge_engine.core import (
     Service,
 )
 from knowledge_engine.datasets import Conversation, Datasets
-from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, StateError, UpstreamError
+from knowledge_engine.errors import (
+    CapacityError,
+    CredentialsError,
+    KnowledgeEngineError,
+    Reason,
+    StateError,
+    UpstreamError,
+)
 from knowledge_engine.generation.chat_client import ChatClient, probe, require_provider
-from knowledge_engine.generation.online import REPLIES, OpenAIVerbaliser
+from knowledge_engine.generation.journal import REPLIES
+from knowledge_engine.generation.online import OpenAIVerbaliser
 from knowledge_engine.generation.pacing import Patience
 from knowledge_engine.generation.pipeline import run_generation
 from knowledge_engine.server.app import start_server
@@ -91,7 +100,7 @@ class Studio:
     ) -> GenerationResult:
         asked = {"num_conversations": 20, "provider": "openai", "difficulty_level": "simple", "dataset": "made"}
         self.context = Context(GenerationSpec(**asked | spec), self.folder)
-        chosen = Settings(**fake.settings | (settings or {}))
+        chosen = Settings(**fake.settings | {"data_dir": self.folder.parent} | (settings or {}))
         with OpenAIVerbaliser(self.context, chosen, patience) as verbaliser:
             return run_generation(self.context, chosen, self.datasets, verbaliser)
 
@@ -101,7 +110,8 @@ class Studio:
             self.run(fake, settings, **more)
         assert self.datasets.newest(DatasetKind.CONVERSATIONS) is None
         assert fake.key not in json.dumps(caught.value.to_dict())
-        assert self.context.observed[-1] == caught.value.message
+        if not isinstance(caught.value, CapacityError):  # our own trouble, not the service's
+            assert self.context.observed[-1] == caught.value.message
         return caught.value
 
     def conversations(self, name: str = "made") -> list[Conversation]:
@@ -325,6 +335,60 @@ def test_a_service_that_falls_silent_is_given_up(studio: Studio) -> None:
     assert studio.context.observed[0] is None  # it had answered
 
 
+class Windowed:
+    """Answers so many requests a window of time and asks the others to come back when it is over."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._seconds = most, seconds
+        self._lock = threading.Lock()
+        self._taken: Counter[int] = Counter()
+
+    def __call__(self, request: Request) -> Scripted | None:
+        window, since = divmod(request.time, self._seconds)
+        with self._lock:
+            self._taken[int(window)] += 1
+            if self._taken[int(window)] <= self._most:
+                return None
+        after = {"retry-after-ms": str(int((self._seconds - since) * 1000) + 1)}
+        return Scripted(status=429, body={}, headers=after)
+
+
+def test_a_low_but_steady_rate_limit_is_waited_out(studio: Studio) -> None:
+    patience = QUICK._replace(seconds=1.2)
+    with FakeOpenAI(Windowed(3, 0.4)) as fake:
+        result = studio.run(fake, {"openai_max_concurrency": 16}, patience, num_conversations=16)
+    # Most of them waited longer than one question may take where nobody is answered.
+    assert result.num_conversations == 16
+    assert fake.requests[-1].time - fake.requests[0].time > patience.seconds
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_a_reply_that_drips_is_given_up(studio: Studio, status: int) -> None:
+    with FakeOpenAI(lambda _: Scripted(status=status, endless=0.05)) as fake:
+        error = studio.fails(fake, {"openai_timeout_seconds": 0.3})
+    assert error.reason is Reason.OPENAI_UNAVAILABLE
+    assert "in time" in error.message
+    assert len(fake.requests) == QUICK.first_tries
+
+
+@pytest.mark.parametrize("status", [502, 429])
+def test_an_endless_error_is_read_to_a_bound(studio: Studio, status: int) -> None:
+    with FakeOpenAI(lambda _: Scripted(status=status, endless=0)) as fake:
+        error = studio.fails(fake)
+    assert error.reason is (Reason.OPENAI_RATE_LIMITED if status == 429 else Reason.OPENAI_UNAVAILABLE)
+    assert len(fake.requests) == QUICK.first_tries
+    assert fake.bytes_sent < QUICK.first_tries * 32 * 1024 * 1024  # buffers of both ends, not the body
+
+
+def test_a_proxy_of_the_environment_is_used(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeOpenAI() as fake:
+        monkeypatch.setenv("http_proxy", fake.url.removesuffix("/v1"))
+        monkeypatch.delenv("no_proxy", raising=False)
+        result = studio.run(fake, {"openai_base_url": "http://api.example.test/v1"}, num_conversations=10)
+    assert result.num_conversations == 10
+    assert fake.requests[0].headers["host"] == "api.example.test"
+
+
 def test_nobody_there(studio: Studio) -> None:
     fake = FakeOpenAI()
     fake._server.server_close()
@@ -345,6 +409,24 @@ def test_an_option_that_the_api_does_not_take_is_left_out(studio: Studio) -> Non
         result = studio.run(fake)
     assert result.num_conversations == 20
     assert len(fake.requests) == 22 + result.num_rejected
+    assert {request.body.get("max_tokens") for request in fake.requests[2:]} == {4096}
+    notes = [line for line in studio.context.lines if "does not take" in line]
+    assert notes == [
+        "gpt-fake does not take max_completion_tokens; going on with max_tokens",
+        "gpt-fake does not take seed; going on without",
+    ]
+
+
+def test_nothing_is_asked_without_a_bound_on_its_cost(studio: Studio) -> None:
+    def script(request: Request) -> Scripted | None:
+        bounds = [name for name in request.body if name.startswith("max_")]
+        return refusing(400, "Unknown parameter", "unknown_parameter", bounds[0]) if bounds else None
+
+    with FakeOpenAI(script) as fake:
+        error = studio.fails(fake)
+    assert error.reason is Reason.OPENAI_REQUEST_REFUSED
+    assert "max_tokens=4096" in error.message
+    assert len(fake.requests) == 2
 
 
 # --- what does not ------------------------------------------------------------------------------------------------
@@ -398,6 +480,14 @@ def test_a_wrong_key_is_tried_once_and_never_told(studio: Studio) -> None:
     assert error.reason is Reason.UPSTREAM_CREDENTIALS
     assert len(fake.requests) == 1
     assert "9876543210" not in error.message
+
+
+def test_a_403_says_what_is_forbidden(studio: Studio) -> None:
+    with FakeOpenAI() as fake:
+        fake.script = lambda _: refusing(403, f"Project of {fake.key} has no access to model `gpt-fake`")
+        error = studio.fails(fake)
+    assert isinstance(error, CredentialsError)
+    assert "403: Project of *** has no access to model `gpt-fake`" in error.message
 
 
 def test_what_an_upstream_says_is_cleaned(studio: Studio) -> None:
@@ -605,6 +695,45 @@ def test_a_reply_to_another_prompt_is_not_taken(studio: Studio) -> None:
     assert again.usage.num_requests == len(lines) + 5  # the stale ones were paid for, too
 
 
+def test_kept_replies_say_nothing_of_the_service_now(studio: Studio) -> None:
+    def script(request: Request) -> Scripted | None:
+        if request.number == 12:
+            studio.context.stop.set()
+        return refusing(503) if request.number > 12 else Scripted(delay=0.01)
+
+    with FakeOpenAI(script) as fake, pytest.raises(JobStopped):
+        studio.run(fake, num_conversations=40)
+    with FakeOpenAI(lambda _: refusing(503)) as fake:
+        error = studio.fails(fake, num_conversations=40)
+    assert studio.context.observed == [error.message]
+
+
+def _descriptor_of(path: Path) -> int:
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # others open and close beside us
+            if link.readlink() == path:
+                return int(link.name)
+    raise AssertionError(f"{path} is not open")
+
+
+def test_a_full_disk_ends_the_run_and_keeps_whole_lines(studio: Studio) -> None:
+    journal = studio.folder / REPLIES
+
+    def script(request: Request) -> Scripted | None:
+        if request.number == 12:
+            with Path("/dev/full").open("wb") as full:
+                os.dup2(full.fileno(), _descriptor_of(journal))
+        return None
+
+    with FakeOpenAI(script) as fake:
+        error = studio.fails(fake, num_conversations=200)
+        assert len(fake.requests) <= 12 + 2 * 8
+    assert isinstance(error, CapacityError)
+    assert error.reason is Reason.DISK_FULL
+    assert studio.context.observed == [None]
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
 # --- settings, probing --------------------------------------------------------------------------------------------
 
 
@@ -721,6 +850,43 @@ async def test_a_job_says_why_it_failed(
     assert observed.trouble == job.error.message
     assert len(fake.requests) == (1 if reason != "GENERATION_UNUSABLE" else len(fake.requests)) <= 50 + 32
     assert _files_with(tmp_path / "data", key or fake.key) == []
+    assert not list((tmp_path / "data").rglob("paid/*"))  # nothing that is of use
+
+
+async def test_what_a_failed_job_paid_for_serves_the_next_equal_one(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    paid = tmp_path / "data" / "paid"
+    with FakeOpenAI(lambda r: limited(code="insufficient_quota") if r.number >= 30 else Scripted(delay=0.02)) as fake:
+        async with (
+            await start_server(make_settings(**fake.settings)) as server,
+            grpc.aio.insecure_channel(server.address) as channel,
+        ):
+            failed = await _generate(channel, 60)
+            assert _reason(failed) == "OPENAI_QUOTA_EXHAUSTED"
+            await asyncio.to_thread(wait_until, lambda: len(list(paid.glob("*"))) == 1)
+            (journal,) = paid.iterdir()
+            (old := paid / "old.jsonl").touch()
+            os.utime(old, times=(0, time.time() - 31 * 24 * 3600))
+            assert journal.stat().st_mode & 0o777 == 0o600
+            kept = len(journal.read_text().splitlines())
+            assert kept >= 25
+            calls = len(fake.requests)
+            fake.script = None
+            other = await _generate(channel, 40)  # another wish: it takes nothing
+            assert other.result.generation.usage.num_requests == len(fake.requests) - calls >= 40
+            assert [*paid.iterdir()] == [journal]  # and what nobody came for is gone
+            calls = len(fake.requests)
+            name = await jobs.create(channel, 60, dataset="datasets/again")
+            events = await jobs.watch(channel, name)
+            again = (await jobs.get(channel, name)).result.generation
+    assert again.num_conversations == 60
+    assert len(fake.requests) - calls == 60 + again.num_rejected - kept
+    assert again.usage.num_requests == 60 + again.num_rejected - kept
+    assert again.usage.prompt_tokens == PROMPT_TOKENS * again.usage.num_requests
+    assert any(failed.name.removeprefix("jobs/") in event.log.message for event in events)
+    assert not list((tmp_path / "data").rglob("*replies*"))
+    assert not list(paid.iterdir())
 
 
 async def test_a_cancelled_job_abandons_what_hangs(make_settings: Callable[..., Settings], tmp_path: Path) -> None:

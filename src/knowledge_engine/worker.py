@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,7 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import ConflictError, CredentialsError, KnowledgeEngineError, Reason, UpstreamError
-from knowledge_engine.generation.online import REPLIES
+from knowledge_engine.generation import journal
 from knowledge_engine.jobs import server_is_alive, work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings, load_settings
@@ -55,6 +56,7 @@ class Attempt:
         self._settings = settings
         self._state = state
         self._stop_reason: str | None = None
+        self._at_end: list[Callable[[JobState | None], None]] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_lease, daemon=True, name="lease")
 
@@ -88,6 +90,13 @@ class Attempt:
 
     def track(self, run: TrackerRun) -> None:
         self._state.set_tracker_run(self.job.id, self.job.attempt, run)
+
+    def at_end(self, call: Callable[[JobState | None], None]) -> None:
+        self._at_end.append(call)
+
+    def tell_end(self, state: JobState | None) -> None:
+        for call in self._at_end:
+            call(state)
 
     def _keep_lease(self) -> None:
         lease = self._settings.lease_seconds
@@ -137,36 +146,66 @@ def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
 
 
 def run_attempt(settings: Settings, state: State, job: Job) -> None:
-    """Runs the attempt and writes down how it ended; raises nothing that belongs to the job."""
-    outcome: JobResult | KnowledgeEngineError | None = None
-    stopped = ""
-    with Attempt(settings, state, job) as attempt:
-        signal.signal(signal.SIGTERM, lambda *_: attempt.stop("interrupted"))
-        try:
-            outcome = run_job(attempt, settings, state)
-        except JobStopped as stop:
-            stopped = str(stop)
-        except ConflictError:
-            stopped = "superseded"
-        except KnowledgeEngineError as error:
-            _LOG.exception("the job failed")
-            outcome = error
-        except MemoryError:
-            _LOG.exception("the job ran out of memory")
-            outcome = KnowledgeEngineError("the job ran out of memory", reason=Reason.OUT_OF_MEMORY)
-        except Exception:
-            _LOG.exception("the job failed unexpectedly")
-            outcome = KnowledgeEngineError(
-                f"something unexpected went wrong; the worker's log in jobs/{job.id} says what", reason=Reason.INTERNAL
-            )
-    if outcome is None and stopped == "superseded":
-        return
-    if outcome is None and stopped == "interrupted":
-        state.abandon_attempt(job.id, job.attempt, "interrupted: the service was stopped", None)
-        return
-    ended = state.finish_attempt(job.id, job.attempt, outcome or KnowledgeEngineError("cancelled"))
-    if ended.state is JobState.CANCELLED and outcome is not None:
-        _undo(outcome, settings, state)
+    """Runs the attempt and ends it; raises nothing that belongs to the job."""
+    attempt = Attempt(settings, state, job)
+    signal.signal(signal.SIGTERM, lambda *_: attempt.stop("interrupted"))
+    with attempt:
+        outcome = _work(attempt, settings, state)
+    end_attempt(attempt, outcome, settings, state)
+
+
+def _work(attempt: Attempt, settings: Settings, state: State) -> JobResult | KnowledgeEngineError | JobStopped:
+    try:
+        return run_job(attempt, settings, state)
+    except JobStopped as stop:
+        return stop
+    except ConflictError:
+        return JobStopped("superseded")
+    except KnowledgeEngineError as error:
+        _LOG.exception("the job failed")
+        return error
+    except MemoryError:
+        _LOG.exception("the job ran out of memory")
+        return KnowledgeEngineError("the job ran out of memory", reason=Reason.OUT_OF_MEMORY)
+    except Exception:
+        _LOG.exception("the job failed unexpectedly")
+        return KnowledgeEngineError(
+            f"something unexpected went wrong; the worker's log in jobs/{attempt.job.id} says what",
+            reason=Reason.INTERNAL,
+        )
+
+
+def end_attempt(
+    attempt: Attempt, outcome: JobResult | KnowledgeEngineError | JobStopped, settings: Settings, state: State
+) -> None:
+    """Writes down how the attempt ended and clears up after it.
+
+    What waits for the end is told last, with what the store decided: it may take a while, which no watcher of the job
+    needs to wait for, and a server that stops may kill us in it without harm to the job.
+
+    Raises:
+        ConflictError: ATTEMPT_SUPERSEDED.
+    """
+    left_as: JobState | None = None
+    try:
+        left_as = _decide(attempt.job, outcome, state)
+        if left_as is JobState.CANCELLED and not isinstance(outcome, JobStopped):
+            _undo(outcome, settings, state)
+        _clean_up(settings, state, attempt.job)
+    finally:
+        attempt.tell_end(left_as)
+
+
+def _decide(job: Job, outcome: JobResult | KnowledgeEngineError | JobStopped, state: State) -> JobState | None:
+    """The state in which the attempt leaves its job; None where another attempt has it."""
+    if not isinstance(outcome, JobStopped):
+        return state.finish_attempt(job.id, job.attempt, outcome).state
+    match str(outcome):
+        case "superseded":
+            return None
+        case "interrupted":
+            return state.abandon_attempt(job.id, job.attempt, "interrupted: the service was stopped", None).state
+    return state.finish_attempt(job.id, job.attempt, KnowledgeEngineError("cancelled")).state
 
 
 def _undo(outcome: JobResult | KnowledgeEngineError, settings: Settings, state: State) -> None:
@@ -183,13 +222,16 @@ def _undo(outcome: JobResult | KnowledgeEngineError, settings: Settings, state: 
 
 def _clean_up(settings: Settings, state: State, job: Job) -> None:
     """Takes the job's scratch away once it has ended; the workers' logs stay."""
-    Registry.open(settings).discard_stage(job.id)
-    ended = state.get_job(job.id).state
-    if ended in {JobState.SUCCEEDED, JobState.CANCELLED}:
+    ended, folder = state.get_job(job.id), work_dir(settings, job.id)
+    if ended.state.is_terminal or ended.attempt == job.attempt:  # else another attempt is at work there
+        Registry.open(settings).discard_stage(job.id)
+    if ended.state in {JobState.SUCCEEDED, JobState.CANCELLED}:
         drop_kept(settings, job.id)
-        (work_dir(settings, job.id) / REPLIES).unlink(missing_ok=True)  # a failed job keeps what was paid for
-    if ended.is_terminal:
-        for path in work_dir(settings, job.id).iterdir():
+        (folder / journal.REPLIES).unlink(missing_ok=True)
+    if ended.state is JobState.FAILED:
+        journal.leave(settings, ended, folder)
+    if ended.state.is_terminal:
+        for path in folder.iterdir():
             if path.is_dir() and path.name != "tracking":
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -206,7 +248,6 @@ def main() -> None:
         raise SystemExit(f"attempt {attempt_number} of job {job_id} is over")
     try:
         run_attempt(settings, state, job)
-        _clean_up(settings, state, job)
     except ConflictError:
         _LOG.warning("attempt %d of job %s is over", attempt_number, job_id)
     finally:

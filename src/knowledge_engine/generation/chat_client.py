@@ -8,18 +8,20 @@ one thread meets holds back all of them, and what cannot heal ends everything at
 from __future__ import annotations
 
 import base64
-import logging
 import math
+import queue
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
+
+import httpx2
 
 from knowledge_engine.catalogue import parse_json
 from knowledge_engine.core import GenerationProvider
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_CHARACTERS = 64 * 1024
 _MAX_BODY_BYTES = 1024 * 1024
+# Of a reply that is no 2xx: the client unpacks it whole.
+_MAX_ERROR_BYTES = 16 * 1024
 # About ten times the longest conversation that was ever planned; bounds what one runaway reply can cost.
 _MAX_COMPLETION_TOKENS = 4096
 # A longer wait is no wait: the job ends and says when to come back.
@@ -42,6 +46,9 @@ _MONEY_CODES = frozenset(
 )
 _FILTER_CODES = frozenset({"content_filter", "content_policy_violation"})
 _RETRIED = frozenset({408, 409, 429})
+# Options that not every API takes, and what is sent instead of them once they are refused. A bound on what a reply can
+# cost there must be: without one nothing is asked.
+_INSTEAD = {"max_completion_tokens": "max_tokens", "seed": None}
 
 
 class Finish(StrEnum):
@@ -93,8 +100,6 @@ def probe(settings: Settings) -> None:
     Raises:
         CredentialsError: UPSTREAM_CREDENTIALS; UpstreamError: OPENAI_UNAVAILABLE.
     """
-    import httpx2
-
     headers = {"authorization": f"Bearer {_key(settings)}"}
     try:
         with (
@@ -119,10 +124,8 @@ class ChatClient:
         """Raises StateError: PROVIDER_NOT_CONFIGURED; CredentialsError: UPSTREAM_CREDENTIALS."""
         require_provider(settings, GenerationProvider.OPENAI)
         key = _key(settings)
-        import httpx2
         import openai
 
-        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would write a line for every request
         self._settings = settings
         self._patience = patience
         self._gate = Gate(settings.openai_max_concurrency)
@@ -136,11 +139,14 @@ class ChatClient:
             http_client=httpx2.Client(
                 timeout=timeout,
                 follow_redirects=False,
+                event_hooks={"response": [self._bound]},
                 limits=httpx2.Limits(max_connections=settings.openai_max_concurrency + 1),
             ),
         )
-        # What not every API takes: sent until it is refused. Replaced as a whole, since many threads read it.
-        self._options: Sequence[str] = ("max_completion_tokens", "seed")
+        # Replaced as a whole, since many threads read it.
+        self._options: Sequence[str] = tuple(_INSTEAD)
+        self.notes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Sentences for the job's log."""
         self._lock = threading.Lock()
         self.num_requests = 0
         self.num_retries = 0
@@ -159,6 +165,11 @@ class ChatClient:
         self._gate.close(None)
         self._client.close()
 
+    def fail(self, error: KnowledgeEngineError) -> KnowledgeEngineError:
+        """Ends every wait because of `error`; returns the same."""
+        self._gate.close(error)
+        return error
+
     def ask(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any], seed: int) -> Answer:
         """The model's reply to `messages`, asked for as JSON of `schema`. Blocks, over failures that may heal.
 
@@ -168,17 +179,18 @@ class ChatClient:
             StateError: OPENAI_QUOTA_EXHAUSTED, OPENAI_REQUEST_REFUSED.
             UpstreamError: OPENAI_UNAVAILABLE, OPENAI_RATE_LIMITED.
         """
-        started = time.monotonic()
+        started = math.inf
         tries = 0
         while True:
             began = self._gate.enter()
+            started = min(started, began)  # to wait for our own gate is no trouble
             self._count(is_retry=tries > 0)
             tries += 1
             try:
                 answer = self._request(messages, schema, seed)
             except _Unsupported as option:
                 self._gate.leave()
-                self._options = [name for name in self._options if name != str(option)]
+                self._go_without(str(option))
             except _Trouble as trouble:
                 silent, is_first = self._gate.count_trouble(began)
                 wait = self._wait(trouble, max(tries, silent))
@@ -186,16 +198,16 @@ class ChatClient:
                     silent >= (self._patience.first_tries if is_first else self._patience.silent_tries)
                     or tries >= self._patience.tries
                     or wait > _MAX_WAIT_SECONDS
-                    or time.monotonic() + wait - started > self._patience.seconds
+                    or time.monotonic() + wait - max(started, self._gate.last_answer) > self._patience.seconds
                 )
                 if gives_up:
-                    raise self._fail(self._given_up(trouble, max(tries, silent))) from None
+                    raise self.fail(self._given_up(trouble, max(tries, silent))) from None
                 # What is everybody's trouble holds everybody back: one goes and looks whether it is over.
                 is_shared = trouble.is_limit or trouble.retry_after is not None or is_first or silent > 2
                 self._gate.leave(shut_for=wait if is_shared else None)
                 self._gate.pause(wait)
             except KnowledgeEngineError as error:
-                raise self._fail(error) from None
+                raise self.fail(error) from None
             except BaseException:
                 self._gate.leave()
                 raise
@@ -206,7 +218,6 @@ class ChatClient:
     # --- one request ----------------------------------------------------------------------------------------------
 
     def _request(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any], seed: int) -> Answer:
-        import httpx2
         import openai
 
         options = {name: seed if name == "seed" else _MAX_COMPLETION_TOKENS for name in self._options}
@@ -228,16 +239,19 @@ class ChatClient:
             raise _Trouble(_described(error.__cause__ or error)) from None
         return _read(body, self._cost)
 
-    def _body(self, response: Any) -> bytes | None:
-        """The whole body, in bounded time and memory; None when it is too long for any conversation."""
-        deadline = time.monotonic() + self._settings.openai_timeout_seconds
+    def _bound(self, response: httpx2.Response) -> None:
+        """Nobody reads a response for longer than a request may take, nor without end."""
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        most = _MAX_BODY_BYTES if response.is_success else _MAX_ERROR_BYTES
+        response.stream = _BoundedStream(response.stream, self._settings.openai_timeout_seconds, most)
+
+    def _body(self, response: httpx2.Response) -> bytes | None:
+        """The whole body; None when it is too long for any conversation."""
         body = bytearray()
         for chunk in response.iter_bytes():
             body += chunk
             if len(body) > _MAX_BODY_BYTES:
                 return None
-            if time.monotonic() > deadline:
-                raise _Trouble("sent its reply too slowly")
         return bytes(body)
 
     def _refused(self, error: openai.APIStatusError, options: Mapping[str, int]) -> Answer:
@@ -254,16 +268,19 @@ class ChatClient:
                 status=status,
             )
         if status in {401, 403}:
-            raise _credentials(self._settings, status)
+            raise _credentials(self._settings, status, said if status == 403 else "")
         if status in _RETRIED or status >= 500:
             raise _Trouble(f"answered {status}", _retry_after(error.response.headers), is_limit=status == 429)
         if codes & _FILTER_CODES:
             return Answer(Finish.CONTENT_FILTERED)
+        advice = _advice(status)
         for option in options:
             if status in {400, 422} and (details.get("param") == option or f"'{option}'" in said):
-                raise _Unsupported(option)
+                if option in _INSTEAD:
+                    raise _Unsupported(option)
+                advice = f"a model must take a bound on its reply ({option}={_MAX_COMPLETION_TOKENS}): {advice}"
         raise StateError(
-            f"{self._where} refused the request ({status}{': ' if said else ''}{said}); {_advice(status)}",
+            f"{self._where} refused the request ({status}{': ' if said else ''}{said}); {advice}",
             reason=Reason.OPENAI_REQUEST_REFUSED,
             status=status,
             model=self._settings.openai_model,
@@ -278,6 +295,16 @@ class ChatClient:
         if isinstance(told, bool) or not isinstance(told, int | Decimal) or not 0 <= told < 1e6:
             return None
         return float(told)
+
+    def _go_without(self, option: str) -> None:
+        with self._lock:
+            if option not in self._options:
+                return  # another thread was told the same
+            instead = _INSTEAD[option]
+            options = [instead if name == option else name for name in self._options]
+            self._options = [name for name in options if name is not None]
+        going_on = f"with {instead}" if instead else "without"
+        self.notes.put(f"{self._settings.openai_model} does not take {option}; going on {going_on}")
 
     # --- repeating ------------------------------------------------------------------------------------------------
 
@@ -309,10 +336,6 @@ class ChatClient:
             )
         return _unavailable(self._settings, f"{trouble} ({in_vain})", trouble.retry_after)
 
-    def _fail(self, error: KnowledgeEngineError) -> KnowledgeEngineError:
-        self._gate.close(error)
-        return error
-
     @property
     def _where(self) -> str:
         return self._settings.openai_base_url
@@ -335,6 +358,29 @@ class _Trouble(Exception):
         super().__init__(what)
         self.retry_after = retry_after
         self.is_limit = is_limit
+
+
+class _BoundedStream(httpx2.SyncByteStream):
+    """A body that ends after so many bytes, whatever follows, and fails when it takes too many seconds."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, seconds: float, most: int) -> None:
+        self._stream = stream
+        self._seconds = seconds
+        self._most = most
+
+    def __iter__(self) -> Iterator[bytes]:
+        deadline = time.monotonic() + self._seconds
+        left = self._most + 1  # one more, so that the reader sees that it is too long
+        for chunk in self._stream:
+            if time.monotonic() > deadline:
+                raise httpx2.ReadTimeout("the whole response takes too long")
+            yield chunk[:left]
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class _Unsupported(Exception):
@@ -401,8 +447,6 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def _described(error: BaseException) -> str:
     """A failed connection as the rest of the sentence "the service ..."; never the error's own words."""
-    import httpx2
-
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
         return "cannot be reached"
     if isinstance(error, httpx2.TimeoutException):
@@ -439,9 +483,13 @@ def _unavailable(settings: Settings, what: str, retry_after: float | None = None
     )
 
 
-def _credentials(settings: Settings, status: int) -> CredentialsError:
+def _credentials(settings: Settings, status: int, said: str = "") -> CredentialsError:
+    if status == 403:
+        refusal = f"does not let our key do this (403{': ' if said else ''}{said}); put one that may"
+    else:
+        refusal = f"refused our key ({status}); put a valid one"
     return CredentialsError(
-        f"{settings.openai_base_url} refused our key ({status}); put a valid one into KNOWLEDGE_OPENAI_API_KEY",
+        f"{settings.openai_base_url} {refusal} into KNOWLEDGE_OPENAI_API_KEY",
         reason=Reason.UPSTREAM_CREDENTIALS,
         service="openai",
         status=status,

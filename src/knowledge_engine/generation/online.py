@@ -1,7 +1,7 @@
 """Words for plans from a language model: plans out, JSON back, several at once, every reply kept on disk.
 
 Replies come in the plans' order, whatever arrives first, so that the dataset does not depend on the network. A reply
-that was paid for is written to the job's folder before it is used; the next attempt of the job asks for the rest only.
+that was paid for is written to the job's journal before it is used; the next attempt of the job asks for the rest only.
 It says nothing of whether a conversation is true: that is the verifier's business.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import queue
 import random
 import re
@@ -19,21 +18,18 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from knowledge_engine.catalogue import Constraints, Product, format_price, parse_json
 from knowledge_engine.core import GenerationUsage, JobContext, Message, Service
-from knowledge_engine.errors import KnowledgeEngineError
-from knowledge_engine.generation.chat_client import Answer, ChatClient, Finish
+from knowledge_engine.errors import CapacityError, KnowledgeEngineError
+from knowledge_engine.generation.chat_client import ChatClient, Finish
+from knowledge_engine.generation.journal import REPLIES, Journal, Paid, take_over
 from knowledge_engine.generation.pacing import Closed, Patience
 from knowledge_engine.generation.planner import Act, Exchange, Plan
 from knowledge_engine.generation.verifier import Rejection, Reply
 from knowledge_engine.settings import Settings
 
-REPLIES = "replies.jsonl"
 # How far others may run ahead of a plan whose answer takes long, in questions for each one that may be under way.
 _WINDOW = 4
 _LOOK_SECONDS = 0.2
@@ -127,7 +123,10 @@ class OpenAIVerbaliser:
         self._context = context
         self._width = settings.openai_max_concurrency
         self._chat = ChatClient(settings, patience)
-        self._kept = _Journal(context.work_dir / REPLIES)
+        take_over(settings, context.job, context.work_dir)
+        self._kept = Journal(context.work_dir / REPLIES, context.job.id)
+        for job_id, count in self._kept.taken_over.items():
+            context.log(f"job {job_id}, which failed, had paid for {count} replies: those to the same prompts are used")
         self._tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_observed = False
@@ -171,7 +170,7 @@ class OpenAIVerbaliser:
                 return
             task = ahead.popleft()
             reply = _reply(task.plan, self._await(task))
-            if not self._is_observed and not isinstance(reply, Rejection):
+            if not self._is_observed and not task.is_kept and not isinstance(reply, Rejection):
                 self._is_observed = True
                 self._context.observe(Service.OPENAI, None)
             yield task.plan, reply
@@ -180,8 +179,9 @@ class OpenAIVerbaliser:
 
     def _begin(self, plan: Plan) -> _Task:
         prompt = prompt_of(plan)
-        task = _Task(plan, prompt, hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:32], Future())
-        kept = self._kept.find(plan.key, task.digest)
+        digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:32]
+        kept = self._kept.find(plan.key, digest)
+        task = _Task(plan, prompt, digest, Future(), is_kept=kept is not None)
         if kept is not None:
             task.paid.set_result(kept)
             return task
@@ -193,11 +193,14 @@ class OpenAIVerbaliser:
             thread.start()
         return task
 
-    def _await(self, task: _Task) -> _Paid:
+    def _await(self, task: _Task) -> Paid:
         while True:
             self._context.check()
+            while not self._chat.notes.empty():
+                self._context.log(self._chat.notes.get())
             if (failure := self._chat.failure) is not None:
-                self._context.observe(Service.OPENAI, failure.message)
+                if not isinstance(failure, CapacityError):  # that is our own disk's
+                    self._context.observe(Service.OPENAI, failure.message)
                 raise failure
             with contextlib.suppress(TimeoutError):
                 return task.paid.result(_LOOK_SECONDS)
@@ -216,19 +219,21 @@ class OpenAIVerbaliser:
                 task.paid.set_exception(RuntimeError(f"a reply could not be taken: {type(error).__name__}"))
                 raise
 
-    def _pay(self, task: _Task) -> _Paid:
+    def _pay(self, task: _Task) -> Paid:
         seed = int.from_bytes(hashlib.sha256(task.plan.key.encode()).digest()[:4]) >> 1
         answer = self._chat.ask(task.prompt, schema_of(task.plan), seed)
-        paid = _Paid(plan=task.plan.key, prompt=task.digest, **answer._asdict())
-        self._kept.add(paid)
-        return paid
+        try:
+            return self._kept.add(task.plan.key, task.digest, answer)
+        except CapacityError as error:
+            raise self._chat.fail(error) from None  # what cannot be kept is not asked for
 
 
 class _Task(NamedTuple):
     plan: Plan
     prompt: Sequence[Mapping[str, str]]
     digest: str
-    paid: Future[_Paid]
+    paid: Future[Paid]
+    is_kept: bool
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
@@ -299,26 +304,7 @@ def _wishes(said: Constraints) -> dict[str, Any]:
 # --- replies ------------------------------------------------------------------------------------------------------
 
 
-class _Paid(BaseModel):
-    """One reply as it is kept: the fields of an `Answer`, and what it answers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    plan: str
-    prompt: str
-    finish: Finish
-    content: str
-    model: str
-    prompt_tokens: int
-    completion_tokens: int
-    cost_usd: float | None
-    num_requests: int
-
-
-assert _Paid.model_fields.keys() == {"plan", "prompt", *Answer._fields}
-
-
-def _reply(plan: Plan, paid: _Paid) -> Reply:
+def _reply(plan: Plan, paid: Paid) -> Reply:
     """The messages of a reply, or why there are none."""
     if paid.finish is not Finish.STOP:
         return _REJECTIONS[paid.finish]
@@ -339,66 +325,3 @@ def _reply(plan: Plan, paid: _Paid) -> Reply:
                 return Rejection.MALFORMED
             messages.append(Message(role=role, content=text))
     return messages
-
-
-class _Journal:
-    """Every reply of a job, one JSON line each, over all its attempts. A line that was not finished is no reply.
-
-    `models` and the sums are over all of them.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        self._offsets: dict[tuple[str, str], int] = {}
-        self.models: set[str] = set()
-        self.prompt_tokens = self.completion_tokens = 0
-        self.cost_usd: float | None = None
-        self.earlier_requests = self.earlier_retries = 0
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        self._file = os.fdopen(descriptor, "a+b")
-        self._read()
-
-    def close(self) -> None:
-        with self._lock:
-            self._file.close()
-
-    def find(self, plan: str, prompt: str) -> _Paid | None:
-        """What was answered to this very prompt."""
-        with self._lock:
-            offset = self._offsets.get((plan, prompt))
-            if offset is None:
-                return None
-            self._file.seek(offset)
-            return _Paid.model_validate_json(self._file.readline())
-
-    def add(self, paid: _Paid) -> None:
-        """Keeps a reply: the kernel has it before this returns, so that a killed worker does not lose it."""
-        line = paid.model_dump_json().encode() + b"\n"
-        with self._lock:
-            if self._file.closed:
-                raise Closed
-            self._file.write(line)
-            self._file.flush()
-            self._sum(paid)
-
-    def _read(self) -> None:
-        self._file.seek(0)
-        offset = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                self._file.truncate(offset)
-                return
-            with contextlib.suppress(ValidationError):
-                paid = _Paid.model_validate_json(line)
-                self._offsets[paid.plan, paid.prompt] = offset
-                self.earlier_requests += paid.num_requests
-                self.earlier_retries += paid.num_requests - 1
-                self._sum(paid)
-            offset += len(line)
-
-    def _sum(self, paid: _Paid) -> None:
-        self.models |= {paid.model} - {""}
-        self.prompt_tokens += paid.prompt_tokens
-        self.completion_tokens += paid.completion_tokens
-        if paid.cost_usd is not None:
-            self.cost_usd = (self.cost_usd or 0.0) + paid.cost_usd

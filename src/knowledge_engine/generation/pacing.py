@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import NamedTuple
@@ -15,9 +16,9 @@ class Closed(Exception):
 
 class Patience(NamedTuple):
     """When a service is given up: after so many tries one after the other that nobody got an answer to, `first_tries`
-    before the very first one; or when one question took `tries`, or `seconds`.
+    before the very first one; or when one question took `tries`, or `seconds` without an answer to anybody.
 
-    With the default waits, 6 tries take about half a minute and 15 more than four.
+    The default waits between 6 tries add up to at most half a minute, those between 15 to nine.
     """
 
     first_tries: int = 6
@@ -41,6 +42,7 @@ class Gate:
         self._is_first = True
         self._silent = 0
         self._silent_since = 0.0
+        self.last_answer = -math.inf
         self.is_closed = False
         self.failure: KnowledgeEngineError | None = None
 
@@ -71,6 +73,7 @@ class Gate:
                 self._limit = min(self._width, self._limit + 1)
                 self._is_first = False
                 self._silent = 0
+                self.last_answer = time.monotonic()
             if shut_for is not None:
                 self._limit = max(1, self._limit // 2)
                 self._opens = max(self._opens, time.monotonic() + shut_for)

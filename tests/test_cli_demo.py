@@ -40,10 +40,11 @@ def start(folder: Path, base: Path, *words: str, **settings: str) -> subprocess.
     )
 
 
-def run(folder: Path, base: Path) -> tuple[dict[str, Any], str]:
+def run(folder: Path, base: Path, *words: str) -> tuple[dict[str, Any], str]:
     """One run with `--json`: its object, and what it said."""
     keys = {"KNOWLEDGE_WANDB_API_KEY": "must-not-be-used", "KNOWLEDGE_OPENAI_API_KEY": "must-not-be-used"}
-    process = start(folder, base, "--json", **keys, KNOWLEDGE_OPENAI_BASE_URL="http://127.0.0.1:9")
+    nowhere = dict.fromkeys(("KNOWLEDGE_OPENAI_BASE_URL", "KNOWLEDGE_WANDB_BASE_URL"), "http://127.0.0.1:9")
+    process = start(folder, base, "--json", *words, **keys, **nowhere)
     stdout, stderr = process.communicate(timeout=170)
     assert process.returncode == 0, stderr
     (line,) = stdout.splitlines()
@@ -62,13 +63,15 @@ def test_second_demo_reuses_what_the_first_one_made(tmp_path: Path, tiny_base: P
     assert first["peak_memory_bytes"] > 100 * 2**20
     assert "Fine-tuning" in told
     assert "grpcurl" in told
-    second, told = run(tmp_path, tiny_base)
+    assert "costs money" not in told
+    second, told = run(tmp_path, tiny_base, "--online")
     measured_anew = ("seconds", "peak_memory_bytes")
     assert {key: value for key, value in second.items() if key not in measured_anew} == {
         key: value for key, value in first.items() if key not in measured_anew
     }
     assert "Fine-tuning" not in told
     assert "Generating" not in told
+    assert "costs money" not in told  # nothing is generated, so nothing is paid for
 
 
 @pytest.mark.parametrize("moment", ["The service is up", "training: RUNNING"])

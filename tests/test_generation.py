@@ -66,6 +66,9 @@ class RecordingContext:
     def track(self, run: TrackerRun) -> None:
         raise AssertionError("generation is not tracked")
 
+    def at_end(self, call: Callable[[JobState | None], None]) -> None:
+        raise AssertionError("generation waits for no end")
+
     def check(self) -> None:
         if self._checks_left is not None:
             self._checks_left -= 1

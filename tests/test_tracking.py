@@ -9,6 +9,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,10 +19,13 @@ from urllib.parse import quote
 import pytest
 from pydantic import SecretStr
 
-from knowledge_engine.core import Job, JobKind, JobState, TrainingSpec, utc_now
-from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.core import Job, JobKind, JobState, JobStopped, Service, TrainingSpec, utc_now
+from knowledge_engine.errors import ConflictError, CredentialsError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
+from knowledge_engine.state import State
 from knowledge_engine.tracking import UNAVAILABLE, open_tracker, probe
+from knowledge_engine.worker import Attempt, end_attempt
 from tests.fake_wandb import ENTITY, HANG, Fault, Received, Run, fake_wandb, wait_for
 
 CANARY = "canary-5f2c9e"
@@ -29,6 +35,9 @@ KEY = "0123456789" * 4  # the shape of a W&B key
 def _job(job_id: str = "job-0001abcd") -> Job:
     spec = TrainingSpec(dataset="talks", model="shop", learning_rate=1e-3)
     return Job(id=job_id, kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
+
+
+def _observe_nothing(service: Service, trouble: str | None) -> None: ...
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -106,7 +115,7 @@ def _track(
     for spelling in _spellings(KEY):
         assert spelling not in done.stdout + done.stderr
     heard: dict[str, Any] = json.loads(done.stdout)
-    return heard
+    return heard | {"log": done.stderr}
 
 
 def _sync(folder: Path, url: str) -> None:
@@ -133,7 +142,7 @@ def test_an_offline_run_holds_the_metrics_the_spec_and_nothing_else(
     warnings: list[tuple[str, str]] = []
     settings = Settings(openai_api_key=SecretStr(CANARY), api_keys=SecretStr(f"me:{CANARY}"))
 
-    tracker = open_tracker(settings, _job(), tmp_path, lambda *warning: warnings.append(warning))
+    tracker = open_tracker(settings, _job(), tmp_path, lambda *warning: warnings.append(warning), _observe_nothing)
     assert tracker.run is not None
     assert (tracker.run.id, tracker.run.url) == ("job-0001abcd", "")
     for step in (1, 2, 3):
@@ -159,8 +168,10 @@ def test_an_offline_run_holds_the_metrics_the_spec_and_nothing_else(
 
 
 def test_a_job_that_did_not_succeed_is_no_success_there(tmp_path: Path) -> None:
-    tracker = open_tracker(Settings(), _job(), tmp_path)
+    warnings: list[tuple[str, str]] = []
+    tracker = open_tracker(Settings(), _job(), tmp_path, lambda *warning: warnings.append(warning), _observe_nothing)
     tracker.finish(JobState.CANCELLED)
+    assert warnings == []
     records = _records(tmp_path)
     assert next(record["exit"]["exit_code"] for record in records if record["type"] == "exit") == 1
     assert {"state": "CANCELLED"} in [r["summary"]["update"] for r in records if r["type"] == "summary"]
@@ -169,7 +180,9 @@ def test_a_job_that_did_not_succeed_is_no_success_there(tmp_path: Path) -> None:
 def test_a_tracker_that_cannot_start_warns_once_and_takes_everything(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     warnings: list[tuple[str, str]] = []
-    tracker = open_tracker(Settings(), _job(), tmp_path / "file", lambda *warning: warnings.append(warning))
+    tracker = open_tracker(
+        Settings(), _job(), tmp_path / "file", lambda *warning: warnings.append(warning), _observe_nothing
+    )
     assert tracker.run is None
     for step in range(3):
         tracker.log({"train/loss": 1.0}, step)
@@ -231,11 +244,26 @@ def test_an_online_run_is_the_job_there_and_holds_no_secret(tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_is_no_ended_one_and_the_next_attempt_ends_it(tmp_path: Path) -> None:
-    with fake_wandb() as fake:
-        _track(tmp_path, fake.url, "QUEUED", 1, 4)
-        (run,) = fake.runs.values()
-        assert (run.state, run.summary["state"]) == ("preempted", "QUEUED")
+    told: list[str] = []
+
+    def watch(request: Received) -> None:
+        """Keeps the first attempt's end waiting, while the second one is there already."""
+        if request.operation == "UpsertBucket" and json.loads(request.body)["variables"].get("displayName"):
+            told.append("begins")
+        if request.operation == "file_stream" and json.loads(request.body).get("complete"):
+            told.append("ends")
+            asked.set()
+            time.sleep(2.5 if len(told) == 2 else 0)
+            told.append(f"ended while {fake.runs[_job().id].state}")
+
+    asked = threading.Event()
+    with fake_wandb(watch) as fake, ThreadPoolExecutor() as pool:
+        first = pool.submit(_track, tmp_path, fake.url, "QUEUED", 1, 4)
+        assert asked.wait(60)
         _track(tmp_path, fake.url, "FAILED", 1, 6)
+        assert first.result()["warnings"] == []
+        assert told == ["begins", "ends", "ended while running"] * 2
+        (run,) = fake.runs.values()
         assert list(fake.runs) == ["job-0001abcd"]
         assert (run.state, run.summary["state"]) == ("failed", "FAILED")
         assert run.exit_code
@@ -329,20 +357,73 @@ def test_a_run_that_cannot_start_online_is_kept_offline(tmp_path: Path, fault: F
 )
 def test_a_run_that_is_cut_off_is_whole_in_the_jobs_folder(tmp_path: Path, end: str, fault: Fault) -> None:
     with fake_wandb(fault) as fake:
-        heard = _track(tmp_path, fake.url, end)
+        heard = _track(tmp_path, fake.url, end, KNOWLEDGE_CANCEL_GRACE_SECONDS="4")
         assert heard["run"]["url"].startswith(fake.url)
-        (warning,) = heard["warnings"]
-        assert warning[0] == UNAVAILABLE
-        assert "the job's folder" in warning[1]
-        assert heard["observed"] == [["tracker", None], ["tracker", warning[1]]]
-        # A cancelled worker is killed when its grace is over, so the tracker may have only a part of that.
-        assert heard["finish_seconds"] < Settings().cancel_grace_seconds
+        (started, (_, trouble)) = heard["observed"]
+        assert started == ["tracker", None]
+        assert "the job's folder" in trouble
+        assert trouble in heard["log"]
+        assert heard["warnings"] == []  # the job is over: its log takes none
+        assert heard["finish_seconds"] < 25  # the cancelled one: who cancels wants the place
         fake.fault = None
         _sync(tmp_path, fake.url)
         (run,) = fake.runs.values()
     assert _global_steps(run) == [1, 2, 3, 4, 4]
     assert run.summary["state"] == end
     assert bool(run.exit_code) == (end != "SUCCEEDED")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "is_cancelled", "told"),
+    [
+        (KnowledgeEngineError("it broke"), False, JobState.FAILED),
+        (KnowledgeEngineError("it broke"), True, JobState.CANCELLED),
+        (JobStopped("interrupted"), False, JobState.QUEUED),
+        (JobStopped("interrupted"), True, JobState.CANCELLED),
+        (JobStopped("cancelled"), True, JobState.CANCELLED),
+        (JobStopped("superseded"), False, None),
+    ],
+    ids=str,
+)
+def test_what_is_told_at_an_attempts_end_is_what_the_store_decided(
+    tmp_path: Path, outcome: KnowledgeEngineError | JobStopped, is_cancelled: bool, told: JobState | None
+) -> None:
+    """Whoever cancels a job may be faster than the attempt notices."""
+    settings = Settings(data_dir=tmp_path)
+    state = State.open(settings.state_url)
+    state.create_job(_job().spec)
+    job = state.claim_job([JobKind.TRAINING], 60)
+    assert job is not None
+    attempt = Attempt(settings, state, job)
+    attempt.work_dir.mkdir(parents=True)
+    heard: list[tuple[JobState | None, JobState]] = []
+    attempt.at_end(lambda left_as: heard.append((left_as, state.get_job(job.id).state)))
+    if is_cancelled:
+        state.request_cancel(job.id)
+    end_attempt(attempt, outcome, settings, state)
+    assert heard == [(told, told or JobState.RUNNING)]
+    state.close()
+
+
+def test_an_attempt_that_comes_too_late_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    state = State.open(settings.state_url)
+    state.create_job(_job().spec)
+    first = state.claim_job([JobKind.TRAINING], 60)
+    assert first is not None
+    attempt = Attempt(settings, state, first)
+    attempt.work_dir.mkdir(parents=True)
+    state.abandon_attempt(first.id, first.attempt, "given up", None)
+    assert state.claim_job([JobKind.TRAINING], 60)
+    staged = Registry.open(settings).stage(first.id)
+    heard: list[JobState | None] = []
+    attempt.at_end(heard.append)
+    end_attempt(attempt, JobStopped("superseded"), settings, state)
+    with pytest.raises(ConflictError):
+        end_attempt(attempt, KnowledgeEngineError("it broke"), settings, state)
+    assert heard == [None, None]
+    assert staged.is_dir()
+    state.close()
 
 
 @pytest.mark.slow
@@ -358,7 +439,7 @@ def test_a_run_that_is_cut_off_is_whole_in_the_jobs_folder(tmp_path: Path, end: 
 def test_a_bad_server_costs_a_bounded_time(tmp_path: Path, fault: Fault) -> None:
     with fake_wandb(fault) as fake:
         heard = _track(tmp_path, fake.url)
-    assert [reason for reason, _ in heard["warnings"]] == [UNAVAILABLE]
+    assert heard["observed"][-1][1]
     assert heard["start_seconds"] < 45
     assert heard["finish_seconds"] < 31
 

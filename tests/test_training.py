@@ -1,21 +1,24 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import math
 import random
-import subprocess
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import SecretStr
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from knowledge_engine import modeling
 from knowledge_engine.bases import Base
+from knowledge_engine.client import Client
 from knowledge_engine.core import (
     DatasetFormat,
     DatasetKind,
@@ -33,8 +36,9 @@ from knowledge_engine.core import (
     utc_now,
 )
 from knowledge_engine.datasets import Datasets
-from knowledge_engine.errors import IntegrityError, InvalidSpecError, KnowledgeEngineError, Reason
+from knowledge_engine.errors import IntegrityError, InvalidSpecError, KnowledgeEngineError, Reason, StateError
 from knowledge_engine.registry import Registry
+from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, Example
@@ -43,6 +47,7 @@ from knowledge_engine.training.job import run_training
 from knowledge_engine.training.loop import count_steps, evaluation_batches, learning_rate_at, train
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
+from tests.fake_wandb import FakeWandb, Received, fake_wandb, wait_for
 from tests.tiny import CONTEXT, FAMILIES, build_tiny_adapter, build_tiny_base
 
 SPEC = TrainingSpec(dataset="d", model="m", use_qlora=False, max_steps=3, learning_rate=0.01)
@@ -59,6 +64,7 @@ class FakeContext:
         self.events: list[Progress] = []
         self.lines: list[str] = []
         self.runs: list[TrackerRun] = []
+        self.ends: list[Callable[[JobState | None], None]] = []
         self._stop_after = stop_after
 
     def report(self, progress: Progress) -> None:
@@ -75,6 +81,9 @@ class FakeContext:
 
     def track(self, run: TrackerRun) -> None:
         self.runs.append(run)
+
+    def at_end(self, call: Callable[[JobState | None], None]) -> None:
+        self.ends.append(call)
 
     def check(self) -> None:
         if self._stop_after is not None and len(self.steps) >= self._stop_after:
@@ -446,7 +455,14 @@ class Workshop:
         values = {"dataset": "talks", "model": "shop", "max_steps": 6, "learning_rate": 0.01, "eval_split": 0.2}
         spec = TrainingSpec.model_validate(values | changes)
         self.context = FakeContext(self.work_dir, spec, stop_after)
-        return run_training(self.context, self.settings, self.datasets, self.registry), self.context
+        state = JobState.FAILED
+        try:
+            result = run_training(self.context, self.settings, self.datasets, self.registry)
+            state = JobState.SUCCEEDED
+        finally:
+            for call in self.context.ends:
+                call(state)
+        return result, self.context
 
 
 @pytest.fixture
@@ -459,7 +475,7 @@ def workshop(tmp_path: Path, bases: dict[str, Base]) -> Any:
 def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Base]) -> None:
     result, context = workshop.run()
     phases = list(dict.fromkeys(event.phase for event in context.events))
-    assert phases == ["loading", "training", "evaluating", "publishing"]
+    assert phases == ["loading", "checking", "training", "evaluating", "publishing"]
     assert [event.step for event in context.steps] == [1, 2, 3, 4, 5, 6]
     assert result.comparison is not None
     assert result.comparison.tuned_loss < result.comparison.base_loss
@@ -514,24 +530,37 @@ def test_what_cannot_be_trained_is_refused(
     assert not (workshop.settings.data_dir / "models" / "shop").exists()
 
 
-@pytest.mark.parametrize(
-    ("reason", "states", "is_over"),
-    [("cancelled", ["CANCELLED"], True), ("interrupted", ["QUEUED"], True), ("superseded", [], False)],
-)
-def test_a_stopped_jobs_tracked_run_says_what_became_of_the_job(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, reason: str, states: list[str], is_over: bool
-) -> None:
-    monkeypatch.setattr(FakeContext, "stop_reason", reason)
-    with pytest.raises(JobStopped):
-        workshop.run(stop_after=2)
-    (log,) = workshop.work_dir.rglob("*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout.splitlines()
-    records = [json.loads(line) for line in lines if line.startswith("{")]
-    told = [record["summary"]["update"].get("state") for record in records if record["type"] == "summary"]
-    assert [state for state in told if state not in (None, "RUNNING")] == states
-    assert any(record["type"] == "exit" for record in records) == is_over
-    assert any(record["type"] == "preempting" for record in records) == (reason == "interrupted")
+async def test_a_tracked_run_ends_as_its_job_did_and_holds_up_nobody(make_settings: Callable[..., Settings]) -> None:
+    """A real worker, whose job somebody cancels while W&B keeps the end of its run waiting."""
+    asked, may_go = threading.Event(), threading.Event()
+
+    def hold_the_end(request: Received) -> None:
+        if request.operation == "file_stream" and json.loads(request.body).get("complete"):
+            asked.set()
+            may_go.wait(60)
+
+    rows = "".join(json.dumps({"messages": [message.model_dump() for message in row]}) + "\n" for row in _rows(4))
+    spec = TrainingSpec(dataset="talks", model="shop", use_qlora=False, max_steps=1)
+
+    def work(address: str, fake: FakeWandb) -> Job:
+        with Client(address) as client:
+            client.upload_dataset("talks", rows.encode())
+            job = client.create_training_job(spec)
+            assert asked.wait(120)
+            with contextlib.suppress(StateError):
+                client.cancel_job(job.id)
+            list(client.watch_job(job.id))  # to its end, which waits for no tracker
+            may_go.set()
+            wait_for(lambda: fake.runs[job.id].state != "running")
+            return client.get_job(job.id)
+
+    with fake_wandb(hold_the_end) as fake:
+        settings = make_settings(wandb_api_key=SecretStr("0123456789" * 4), wandb_base_url=fake.url)
+        async with await start_server(settings) as running:
+            job = await asyncio.to_thread(work, running.address, fake)
+    run = fake.runs[job.id]
+    assert job.state is JobState.SUCCEEDED
+    assert (run.state, run.exit_code, run.summary["state"]) == ("finished", 0, job.state)
 
 
 def test_a_stopped_job_publishes_nothing(workshop: Workshop) -> None:

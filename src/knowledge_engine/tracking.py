@@ -12,6 +12,7 @@ leaves it preempted, one that dies leaves it open, and the next attempt goes on 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import queue
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import httpx2
 import psutil
 
-from knowledge_engine.core import Job, JobState, JobStopped, Service, TrackerRun
+from knowledge_engine.core import Job, JobState, Service, TrackerRun
 from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.settings import Settings
 
@@ -43,7 +44,6 @@ _PROBE_SECONDS = 5
 _FLUSH_SECONDS = 1.0  # what a killed worker may lose of its run's file
 _MAX_WAITING_METRICS = 10_000
 _POSITION_FILE = "position"
-_OWN_ENDS = (JobState.SUCCEEDED, JobState.FAILED)
 _FOLDERS = ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR")
 
 Warn = Callable[[str, str], None]
@@ -76,6 +76,7 @@ class Tracker:
         self._observe = observe
         self._warned = False
         self._is_broken = False
+        self._job_is_over = False
         self._online_start_seconds = online_start_seconds
         self._trouble: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._metrics: queue.Queue[dict[str, float] | JobState] = queue.Queue(_MAX_WAITING_METRICS)
@@ -87,18 +88,20 @@ class Tracker:
         """Hands over metrics of an optimizer step; returns at once."""
         self._put({**metrics, "train/global_step": step})
 
-    def finish(self, state: JobState | None, check: Callable[[], None] | None = None) -> None:
-        """Ends the run as the job ends: SUCCEEDED is a success there, FAILED and CANCELLED are none, and QUEUED, after
-        an interruption, leaves it preempted. None says nothing there: another attempt has the run by now.
+    def finish(self, state: JobState | None) -> None:
+        """Ends the run as the job ended, so it comes after that: SUCCEEDED is a success there, FAILED and CANCELLED are
+        none, and QUEUED, after an interruption, leaves it preempted. None says nothing there: another attempt has the
+        run by now.
 
-        Waits half a minute at most, less where the worker must be quick to end, and no longer once `check` raises
-        JobStopped: what was not sent by then stays in the job's folder.
+        Waits half a minute at most: what was not sent by then stays in the job's folder. The job hears no warning any
+        more; trouble is logged.
         """
+        self._job_is_over = True
         if state is None:
             self._let_go()
             return
         self._put(state)
-        in_time = self._wait(self._patience(state), check if state in _OWN_ENDS else None)
+        in_time = self._over.wait(self._patience(state))
         if not in_time:
             self._trouble.put(
                 "W&B did not finish in time; what it has not sent stays in the job's folder, to be synced"
@@ -110,26 +113,13 @@ class Tracker:
             self._see(None)
 
     def _patience(self, state: JobState) -> float:
-        """Of the time that a cancelled or interrupted worker has before it is killed, half is for the rest."""
+        """Who cancels a job wants its place; an interrupted worker is killed when the drain is over."""
         match state:
             case JobState.CANCELLED:
                 return self._settings.cancel_grace_seconds / 2
             case JobState.QUEUED:
                 return min(_FINISH_SECONDS, self._settings.drain_seconds / 2)
         return _FINISH_SECONDS
-
-    def _wait(self, seconds: float, check: Callable[[], None] | None) -> bool:
-        """Until W&B has finished; False when there is no more time for it."""
-        deadline = time.monotonic() + seconds
-        while not self._over.wait(min(0.2, max(0.0, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline:
-                return False
-            if check is not None:
-                try:
-                    check()
-                except JobStopped:
-                    return False
-        return True
 
     def _let_go(self) -> None:
         """Ends W&B's own process: it would hold up the end of ours, and say there that the run is over."""
@@ -159,11 +149,13 @@ class Tracker:
         """Passes trouble on, in the caller's thread, once."""
         while not self._trouble.empty():
             sentence = self._trouble.get()
-            if not self._warned:
-                self._warned = True
+            if self._job_is_over:
+                _LOG.warning("%s", sentence)
+            elif not self._warned:
                 self._warn(UNAVAILABLE, sentence)
-                if self._settings.wandb_api_key is not None:
-                    self._see(sentence)
+            if not self._warned and self._settings.wandb_api_key is not None:
+                self._see(sentence)
+            self._warned = True
 
     def _see(self, trouble: str | None) -> None:
         try:
@@ -174,7 +166,10 @@ class Tracker:
     # --- in the tracker's own thread ------------------------------------------------------------------------------
 
     def _talk(self) -> None:
+        lock: int | None = None
         try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = self._await_turn()
             run = self._open()
             self.run = TrackerRun(id=run.id, url="" if run.offline else run.url or "")
             last = self._read_position(run)
@@ -193,8 +188,24 @@ class Tracker:
             self._is_broken = True
             self._trouble.put(f"W&B failed ({type(error).__name__}); what it has not sent stays in the job's folder")
         finally:
+            if lock is not None:
+                os.close(lock)
             self._started.set()
             self._over.set()
+
+    def _await_turn(self) -> int:
+        """Until the job's former attempt, which may still be telling W&B that it was interrupted, is done with that;
+        the lock ends with its process."""
+        lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + _FINISH_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+            else:
+                break
+        return lock
 
     def _read_position(self, run: wandb.Run) -> _Position:
         """How far the job's earlier attempts came: W&B knows, and for offline ones a file beside them."""
@@ -219,7 +230,6 @@ class Tracker:
         run.finish(exit_code=0 if state is JobState.SUCCEEDED else 1)
 
     def _open(self) -> wandb.Run:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             del os.environ[name]  # another run's id, another mode, tags, notes: whatever W&B reads there
         os.environ.update(dict.fromkeys(_FOLDERS, str(self._folder)))
@@ -342,20 +352,12 @@ def probe(settings: Settings) -> None:
         )
 
 
-def _log_warning(reason: str, sentence: str) -> None:
-    _LOG.warning("%s: %s", reason, sentence)
-
-
-def _observe_nothing(service: Service, trouble: str | None) -> None:
-    pass
-
-
 def open_tracker(
     settings: Settings,
     job: Job,
     work_dir: Path,
-    warn: Warn = _log_warning,
-    observe: Observe = _observe_nothing,
+    warn: Warn,
+    observe: Observe,
     *,
     online_start_seconds: float = _ONLINE_START_SECONDS,
 ) -> Tracker:

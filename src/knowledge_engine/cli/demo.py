@@ -164,10 +164,10 @@ def _private(settings: Settings, online: bool, talk: Talk) -> Settings:
         raise InvalidSpecError(message, reason=Reason.SETTINGS_INVALID)
     else:
         tracker = "goes to W&B" if settings.wandb_api_key else "stays offline (KNOWLEDGE_WANDB_API_KEY is not set)"
-        words = f"come from {settings.openai_model} at {settings.openai_base_url}, which costs money"
+        author = f"written by {settings.openai_model}"
         if settings.openai_api_key is None:
-            words = "are generated offline (KNOWLEDGE_OPENAI_API_KEY is not set)"
-        talk(f"--online: the run's tracking {tracker}; conversations {words}")
+            author = "generated offline (KNOWLEDGE_OPENAI_API_KEY is not set)"
+        talk(f"--online: the tracking of a training {tracker}; new conversations are {author}")
     return settings.model_copy(update=update)
 
 
@@ -244,11 +244,7 @@ def _learn(client: Client, settings: Settings, talk: Talk) -> _Learned:
     catalogue = _upload_catalogue(client, talk)
     conversations = _find(lambda: client.get_dataset(CONVERSATIONS))
     if conversations is None:
-        talk(f"Generating {GENERATION.num_conversations} training conversations about its products ...")
-        provider = GenerationProvider.OPENAI if settings.openai_api_key else GenerationProvider.OFFLINE
-        spec = GENERATION.model_copy(update={"provider": provider})
-        job = _unfinished(client, CONVERSATIONS) or client.create_generation_job(spec)
-        _see_through(client, job)
+        _see_through(client, _unfinished(client, CONVERSATIONS) or _generate(client, settings, talk))
         conversations = client.get_dataset(CONVERSATIONS)
     generated = client.get_job(conversations.job_id) if conversations.job_id else None
     _tell_conversations(conversations, generated, catalogue, talk)
@@ -263,6 +259,14 @@ def _learn(client: Client, settings: Settings, talk: Talk) -> _Learned:
     else:
         talk(f"Using {MODEL}:{version.version}, trained {version.create_time:%Y-%m-%d %H:%M} UTC")
     return _Learned(conversations, generated, version, client.get_job(version.job_id))
+
+
+def _generate(client: Client, settings: Settings, talk: Talk) -> Job:
+    provider = GenerationProvider.OPENAI if settings.openai_api_key else GenerationProvider.OFFLINE
+    talk(f"Generating {GENERATION.num_conversations} training conversations about its products ...")
+    if provider is GenerationProvider.OPENAI:
+        talk(f"They come from {settings.openai_model} at {settings.openai_base_url}, which costs money")
+    return client.create_generation_job(GENERATION.model_copy(update={"provider": provider}))
 
 
 def _upload_catalogue(client: Client, talk: Talk) -> Dataset:

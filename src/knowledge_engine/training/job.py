@@ -22,8 +22,6 @@ from knowledge_engine.core import (
     BASE,
     HeldOutComparison,
     JobContext,
-    JobState,
-    JobStopped,
     ModelVersion,
     Progress,
     Service,
@@ -31,7 +29,7 @@ from knowledge_engine.core import (
     TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets, split_conversations
-from knowledge_engine.errors import ConflictError, KnowledgeEngineError
+from knowledge_engine.errors import CredentialsError, UpstreamError
 from knowledge_engine.hub import PHASES as HUB_PHASES
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
@@ -41,8 +39,6 @@ from knowledge_engine.training.loop import TrainedSummary, demand_finite, evalua
 from knowledge_engine.training.loss import mean_loss
 from knowledge_engine.training.publishing import Kept, Trained, find_kept, fingerprint, keep, publish_patiently
 
-_TRACKED_STOPS = {"cancelled": JobState.CANCELLED, "interrupted": JobState.QUEUED}
-"""How a stopped attempt leaves the job, and so its tracked run; one that was superseded has no say."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -74,28 +70,19 @@ def run_training(context: JobContext, settings: Settings, datasets: Datasets, re
     material = _encode(spec, base, datasets)
     context.log(f"{len(material.train)} conversations to train on, {len(material.held_out)} held out")
     tracker = open_tracker(settings, context.job, context.work_dir, context.warn, context.observe)
+    context.at_end(tracker.finish)
     if tracker.run is not None:
         context.track(tracker.run)
-    state: JobState | None = JobState.FAILED
     kept: Kept | None = None
     try:
         kept = _obtain(context, settings, spec, base, material, registry, tracker, device)
         trained = kept.trained
         if (compared := trained.comparison) is not None:
             tracker.log({"eval/loss": compared.tuned_loss, "eval/base_loss": compared.base_loss}, trained.num_steps)
-        result = _publish(context, settings, spec, base, material, kept, registry, device)
-        state = JobState.SUCCEEDED
-    except JobStopped as stop:
-        state = _TRACKED_STOPS.get(str(stop))
-        raise
-    except ConflictError:
-        state = None
-        raise
+        return _publish(context, settings, spec, base, material, kept, registry, device)
     finally:
         if kept is not None:
             kept.release()
-        tracker.finish(state, context.check)
-    return result
 
 
 def _obtain(
@@ -131,7 +118,7 @@ def _load_base_facts(context: JobContext, settings: Settings, spec: TrainingSpec
     preparation = _Preparation(context)
     try:
         base = prepare_base(settings, spec.base_model, preparation.report)
-    except KnowledgeEngineError as error:
+    except (UpstreamError, CredentialsError) as error:  # other failures are ours
         if preparation.asked_the_hub:
             context.observe(Service.HUB, error.message)
         raise

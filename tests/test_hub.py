@@ -280,7 +280,7 @@ def test_a_hub_that_stays_away_is_given_up(fake: FakeHub, settings: Settings, tm
     fake.faults.append(Fault("api/models", status=429, headers={"retry-after": "3600"}))
     with pytest.raises(UpstreamError, match=r"127\.0\.0\.1.*429.*goes on where it stopped") as caught:
         prepare_base(settings, "base", ignore)
-    assert (caught.value.reason, caught.value.retry_after_seconds) == (Reason.HUB_UNREACHABLE, 300)  # however long it says
+    assert (caught.value.reason, caught.value.retry_after_seconds) == (Reason.HUB_UNREACHABLE, 300)
     snapshot = find_snapshot(settings, HubId(NAME), ignore)
     fake.faults += [Fault("blob/", cut_at=0.5), Fault(WEIGHTS, status=500, times=99)]
     with pytest.raises(UpstreamError, match="status 500"):

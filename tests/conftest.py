@@ -20,6 +20,9 @@ from tests.tiny import build_tiny_base
 for _name in [name for name in os.environ if name.startswith("KNOWLEDGE_") or name in _ALIASES]:
     del os.environ[_name]
 
+# Two tests share the cores: threads that spin while they wait slow each other down tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -45,7 +45,7 @@ def run(folder: Path, base: Path, *words: str) -> tuple[dict[str, Any], str]:
     keys = {"KNOWLEDGE_WANDB_API_KEY": "must-not-be-used", "KNOWLEDGE_OPENAI_API_KEY": "must-not-be-used"}
     nowhere = dict.fromkeys(("KNOWLEDGE_OPENAI_BASE_URL", "KNOWLEDGE_WANDB_BASE_URL"), "http://127.0.0.1:9")
     process = start(folder, base, "--json", *words, **keys, **nowhere)
-    stdout, stderr = process.communicate(timeout=170)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     (line,) = stdout.splitlines()
     assert "\x1b" not in stderr
@@ -55,6 +55,7 @@ def run(folder: Path, base: Path, *words: str) -> tuple[dict[str, Any], str]:
     return summary, stderr
 
 
+@pytest.mark.timeout(600)
 def test_second_demo_reuses_what_the_first_one_made(tmp_path: Path, tiny_base: Path) -> None:
     first, told = run(tmp_path, tiny_base)
     assert first["tuned_loss"] < first["base_loss"]

@@ -50,6 +50,7 @@ class _Frozen(BaseModel):
 class JobState(StrEnum):
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
     CANCELLING = "CANCELLING"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
@@ -63,8 +64,11 @@ class JobState(StrEnum):
 TERMINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 
 LEGAL_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset({JobState.QUEUED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset(
+        {JobState.QUEUED, JobState.PAUSED, JobState.CANCELLING, JobState.SUCCEEDED, JobState.FAILED}
+    ),
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLED}),
     JobState.CANCELLING: frozenset({JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),
@@ -126,6 +130,8 @@ class TrainingSpec(_Frozen):
     eval_split: float = Field(default=0.1, ge=0, le=0.5)
     eval_steps: int = Field(default=0, ge=0, le=1_000_000)
     logging_steps: int = Field(default=1, ge=1, le=10_000)
+    save_steps: int = Field(default=0, ge=0, le=1_000_000)
+    auto_find_batch_size: bool = False
     seed: int = Field(default=42, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
@@ -281,6 +287,14 @@ class Progress(_Frozen):
         return self.model_copy(update={field: getattr(before, field) for field in kept if getattr(self, field) is None})
 
 
+class Checkpoint(_Frozen):
+    """From here the job goes on after an interruption; `step` optimizer steps are behind it."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: int
+    size_bytes: int
+
+
 class LogLine(_Frozen):
     type: Literal["log"] = "log"
     message: str
@@ -297,7 +311,9 @@ class ResultEvent(_Frozen):
     result: JobResult
 
 
-EventPayload = Annotated[StateChange | Progress | LogLine | JobWarning | ResultEvent, Field(discriminator="type")]
+EventPayload = Annotated[
+    StateChange | Progress | Checkpoint | LogLine | JobWarning | ResultEvent, Field(discriminator="type")
+]
 
 
 class JobEvent(_Frozen):
@@ -328,6 +344,12 @@ class Job(_Frozen):
     creator: str = ""
     tracker_run: TrackerRun | None = None
     last_sequence: int = 0
+    pause_requested: bool = False
+    """It is still running and will be PAUSED as soon as what it has done is safe."""
+    queue_position: int | None = None
+    """From 1, while it is QUEUED: how many of its kind would start before it, and itself."""
+    checkpoint_step: int | None = None
+    """Optimizer steps behind its newest checkpoint."""
 
 
 # --- datasets and models ------------------------------------------------------------------------------------------
@@ -499,8 +521,25 @@ def _path(prefix: str, location: Iterable[str | int]) -> str:
 # --- running a job ------------------------------------------------------------------------------------------------
 
 
+class StopReason(StrEnum):
+    """Why an attempt must end before its work is done. What is worth keeping is kept for all but CANCELLED and
+    SUPERSEDED."""
+
+    CANCELLED = "cancelled"
+    PAUSED = "paused"
+    INTERRUPTED = "interrupted"
+    SUPERSEDED = "superseded"
+    RETRY = "retry"
+
+
 class JobStopped(Exception):
-    """The running attempt must end now: cancelled, superseded or shut down. Raised by `JobContext.check`."""
+    """The running attempt must end now. Raised by `JobContext.check`; also by work that wants a fresh process to go on
+    in (`RETRY`, with a message for the job's log)."""
+
+    def __init__(self, reason: StopReason, message: str = "") -> None:
+        super().__init__(message or reason.value)
+        self.reason = reason
+        self.message = message
 
 
 class JobContext(Protocol):
@@ -524,6 +563,9 @@ class JobContext(Protocol):
 
     def track(self, run: TrackerRun) -> None:
         """Records where the run is tracked."""
+
+    def checkpointed(self, step: int, size_bytes: int) -> None:
+        """Records a durable checkpoint: the job's crashes before it count no more."""
 
     def observe(self, service: Service, trouble: str | None) -> None:
         """Records how the latest work with an outside service went: None for well, else one sentence without secrets.

@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=30, gt=0, le=600)
     cancel_grace_seconds: float = Field(default=8, gt=0, le=9)
     orphan_grace_seconds: float = Field(default=60, gt=0, le=3600)
+    checkpoint_seconds: float = Field(default=120, gt=0, le=86_400)
+    """Between two checkpoints of a training that names no `save_steps`."""
+    memory_limit_bytes: int | None = Field(default=None, ge=2**20)
+    """Memory of the device that trainings may count on; unset, all that the machine or its container has."""
     max_active_streams: int = Field(default=16, ge=1, le=1024)
     max_waiting_streams: int = Field(default=64, ge=0, le=4096)
     request_timeout_seconds: float = Field(default=300, gt=0, le=3600)
@@ -217,8 +221,8 @@ _ALIASES = frozenset(
 )
 """Names that other tools give to the same things."""
 
-CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY", "KNOWLEDGE_ONLY"})
-"""Read by the command line and other clients, not by the service."""
+CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY", "KNOWLEDGE_ONLY", "KNOWLEDGE_FAILPOINTS"})
+"""Read from the environment alone: by the command line and other clients, and by `failpoints.py` in tests."""
 
 
 def load_settings(env_file: Path | None = ENV_FILE, **overrides: Any) -> Settings:

@@ -44,6 +44,8 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     """Ended with an error. Terminal."""
     JOB_STATE_CANCELLED: _JobState.ValueType  # 6
     """Ended on request. Terminal."""
+    JOB_STATE_PAUSED: _JobState.ValueType  # 7
+    """Put aside on request, until it is resumed or cancelled."""
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
     """Where a job is in its life."""
@@ -62,6 +64,8 @@ JOB_STATE_FAILED: JobState.ValueType  # 5
 """Ended with an error. Terminal."""
 JOB_STATE_CANCELLED: JobState.ValueType  # 6
 """Ended on request. Terminal."""
+JOB_STATE_PAUSED: JobState.ValueType  # 7
+"""Put aside on request, until it is resumed or cancelled."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
 @_typing.final
@@ -84,6 +88,9 @@ class Job(_message.Message):
     CREATOR_FIELD_NUMBER: _builtins.int
     TRACKER_RUN_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PAUSE_REQUESTED_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_STEP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `jobs/{job}`."""
     state: Global___JobState.ValueType
@@ -94,6 +101,12 @@ class Job(_message.Message):
     """Who created the job: the name of the API key, empty without keys."""
     last_sequence: _builtins.int
     """Sequence number of the newest event, so that a watcher can start at the end."""
+    pause_requested: _builtins.bool
+    """It is running and will be PAUSED as soon as its checkpoint is durable."""
+    queue_position: _builtins.int
+    """Its place among the waiting jobs of its kind, from 1; set while it is QUEUED. Callers take turns."""
+    checkpoint_step: _builtins.int
+    """Optimizer steps behind its newest checkpoint; unset while there is none."""
     @_builtins.property
     def training(self) -> _training_pb2.TrainingSpec:
         """A fine-tuning run."""
@@ -147,13 +160,25 @@ class Job(_message.Message):
         creator: _builtins.str = ...,
         tracker_run: Global___TrackerRun | None = ...,
         last_sequence: _builtins.int = ...,
+        pause_requested: _builtins.bool = ...,
+        queue_position: _builtins.int | None = ...,
+        checkpoint_step: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "generation", b"generation", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "tracker_run", b"tracker_run", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_step", b"_checkpoint_step", "_queue_position", b"_queue_position", "checkpoint_step", b"checkpoint_step", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "generation", b"generation", "progress", b"progress", "queue_position", b"queue_position", "result", b"result", "spec", b"spec", "start_time", b"start_time", "tracker_run", b"tracker_run", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "creator", b"creator", "end_time", b"end_time", "error", b"error", "generation", b"generation", "last_sequence", b"last_sequence", "name", b"name", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "tracker_run", b"tracker_run", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_step", b"_checkpoint_step", "_queue_position", b"_queue_position", "attempt", b"attempt", "checkpoint_step", b"checkpoint_step", "create_time", b"create_time", "creator", b"creator", "end_time", b"end_time", "error", b"error", "generation", b"generation", "last_sequence", b"last_sequence", "name", b"name", "pause_requested", b"pause_requested", "progress", b"progress", "queue_position", b"queue_position", "result", b"result", "spec", b"spec", "start_time", b"start_time", "state", b"state", "tracker_run", b"tracker_run", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__checkpoint_step: _TypeAlias = _typing.Literal["checkpoint_step"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint_step: _TypeAlias = _typing.Literal["_checkpoint_step", b"_checkpoint_step"]  # noqa: Y015
+    _WhichOneofReturnType__queue_position: _TypeAlias = _typing.Literal["queue_position"]  # noqa: Y015
+    _WhichOneofArgType__queue_position: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position"]  # noqa: Y015
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["training", "generation"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_step) -> _WhichOneofReturnType__checkpoint_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_position) -> _WhichOneofReturnType__queue_position | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
@@ -398,6 +423,30 @@ class JobEvent(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class Checkpoint(_message.Message):
+        """What is done so far is safe: after an interruption the job goes on from here."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STEP_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        step: _builtins.int
+        """Optimizer steps behind it."""
+        size_bytes: _builtins.int
+        """Its size on the disk."""
+        def __init__(
+            self,
+            *,
+            step: _builtins.int = ...,
+            size_bytes: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Warning(_message.Message):
         """Something a person should know."""
 
@@ -429,6 +478,7 @@ class JobEvent(_message.Message):
     LOG_FIELD_NUMBER: _builtins.int
     WARNING_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """Resource name of the job, `jobs/{job}`."""
     sequence: _builtins.int
@@ -457,6 +507,10 @@ class JobEvent(_message.Message):
     def result(self) -> Global___JobResult:
         """The job's result; the terminal state follows."""
 
+    @_builtins.property
+    def checkpoint(self) -> Global___JobEvent.Checkpoint:
+        """What is done so far is safe."""
+
     def __init__(
         self,
         *,
@@ -468,12 +522,13 @@ class JobEvent(_message.Message):
         log: Global___JobEvent.LogLine | None = ...,
         warning: Global___JobEvent.Warning | None = ...,
         result: Global___JobResult | None = ...,
+        checkpoint: Global___JobEvent.Checkpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "log", b"log", "payload", b"payload", "progress", b"progress", "result", b"result", "state_change", b"state_change", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "log", b"log", "payload", b"payload", "progress", b"progress", "result", b"result", "state_change", b"state_change", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "job", b"job", "log", b"log", "payload", b"payload", "progress", b"progress", "result", b"result", "sequence", b"sequence", "state_change", b"state_change", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "create_time", b"create_time", "job", b"job", "log", b"log", "payload", b"payload", "progress", b"progress", "result", b"result", "sequence", b"sequence", "state_change", b"state_change", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_change", "progress", "log", "warning", "result"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_change", "progress", "log", "warning", "result", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -486,6 +541,12 @@ class CreateTrainingJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Makes the call safe to repeat: a second call of the same caller with the same id and spec returns the job of the
+    first, one with another spec is refused. 1 to 255 printable ASCII characters, such as a UUID; remembered for as
+    long as the job.
+    """
     @_builtins.property
     def spec(self) -> _training_pb2.TrainingSpec:
         """What to train, on what, and how."""
@@ -494,10 +555,11 @@ class CreateTrainingJobRequest(_message.Message):
         self,
         *,
         spec: _training_pb2.TrainingSpec | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,6 +596,9 @@ class CreateGenerationJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As in CreateTrainingJobRequest; the ids of all jobs of a caller are one set."""
     @_builtins.property
     def spec(self) -> _generation_pb2.GenerationSpec:
         """What to generate."""
@@ -542,10 +607,11 @@ class CreateGenerationJobRequest(_message.Message):
         self,
         *,
         spec: _generation_pb2.GenerationSpec | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -574,6 +640,54 @@ class CreateGenerationJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateGenerationJobResponse: _TypeAlias = CreateGenerationJobResponse  # noqa: Y015
+
+@_typing.final
+class EstimateTrainingJobRequest(_message.Message):
+    """Request of EstimateTrainingJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> _training_pb2.TrainingSpec:
+        """The run in question."""
+
+    def __init__(
+        self,
+        *,
+        spec: _training_pb2.TrainingSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateTrainingJobRequest: _TypeAlias = EstimateTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class EstimateTrainingJobResponse(_message.Message):
+    """Response of EstimateTrainingJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ESTIMATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def estimate(self) -> _training_pb2.TrainingEstimate:
+        """What it would take."""
+
+    def __init__(
+        self,
+        *,
+        estimate: _training_pb2.TrainingEstimate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimate", b"estimate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateTrainingJobResponse: _TypeAlias = EstimateTrainingJobResponse  # noqa: Y015
 
 @_typing.final
 class GetJobRequest(_message.Message):
@@ -720,6 +834,98 @@ class CancelJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobResponse: _TypeAlias = CancelJobResponse  # noqa: Y015
+
+@_typing.final
+class PauseJobRequest(_message.Message):
+    """Request of PauseJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`jobs/{job}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobRequest: _TypeAlias = PauseJobRequest  # noqa: Y015
+
+@_typing.final
+class PauseJobResponse(_message.Message):
+    """Response of PauseJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job, PAUSED or on its way there."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseJobResponse: _TypeAlias = PauseJobResponse  # noqa: Y015
+
+@_typing.final
+class ResumeJobRequest(_message.Message):
+    """Request of ResumeJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`jobs/{job}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeJobRequest: _TypeAlias = ResumeJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeJobResponse(_message.Message):
+    """Response of ResumeJob."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job, QUEUED again or as it was."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeJobResponse: _TypeAlias = ResumeJobResponse  # noqa: Y015
 
 @_typing.final
 class WatchJobRequest(_message.Message):

@@ -45,6 +45,11 @@ class JobServiceStub:
                 request_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.CreateGenerationJobRequest.SerializeToString,
                 response_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.CreateGenerationJobResponse.FromString,
                 _registered_method=True)
+        self.EstimateTrainingJob = channel.unary_unary(
+                '/knowledge_engine.v1.JobService/EstimateTrainingJob',
+                request_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.EstimateTrainingJobRequest.SerializeToString,
+                response_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.EstimateTrainingJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/knowledge_engine.v1.JobService/GetJob',
                 request_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.GetJobRequest.SerializeToString,
@@ -59,6 +64,16 @@ class JobServiceStub:
                 '/knowledge_engine.v1.JobService/CancelJob',
                 request_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/knowledge_engine.v1.JobService/PauseJob',
+                request_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.PauseJobRequest.SerializeToString,
+                response_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.PauseJobResponse.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/knowledge_engine.v1.JobService/ResumeJob',
+                request_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.ResumeJobResponse.FromString,
                 _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/knowledge_engine.v1.JobService/WatchJob',
@@ -80,6 +95,13 @@ class JobServiceServicer:
 
     def CreateGenerationJob(self, request, context):
         """Queues the generation of training conversations from a catalogue.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateTrainingJob(self, request, context):
+        """Says what a fine-tuning run would take and whether it would be accepted; nothing is queued or loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,6 +129,23 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseJob(self, request, context):
+        """Puts a job aside. A queued job is PAUSED at once, a running one as soon as its checkpoint is durable; until then
+        `pause_requested` is set. Repeating the call returns the job; a job that has ended, or is being cancelled, answers
+        FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """Queues a paused job again, behind those that are waiting; it goes on from its checkpoint. A job that is not paused
+        is returned as it is; one that has ended, or is being cancelled, answers FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """Replays the events of a job after a sequence number, then follows it until its last event.
         """
@@ -127,6 +166,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.CreateGenerationJobRequest.FromString,
                     response_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.CreateGenerationJobResponse.SerializeToString,
             ),
+            'EstimateTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateTrainingJob,
+                    request_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.EstimateTrainingJobRequest.FromString,
+                    response_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.EstimateTrainingJobResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.GetJobRequest.FromString,
@@ -141,6 +185,16 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.CancelJobRequest.FromString,
                     response_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.PauseJobRequest.FromString,
+                    response_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.PauseJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=knowledge__engine_dot_v1_dot_jobs__pb2.ResumeJobRequest.FromString,
+                    response_serializer=knowledge__engine_dot_v1_dot_jobs__pb2.ResumeJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -203,6 +257,33 @@ class JobService:
             '/knowledge_engine.v1.JobService/CreateGenerationJob',
             knowledge__engine_dot_v1_dot_jobs__pb2.CreateGenerationJobRequest.SerializeToString,
             knowledge__engine_dot_v1_dot_jobs__pb2.CreateGenerationJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knowledge_engine.v1.JobService/EstimateTrainingJob',
+            knowledge__engine_dot_v1_dot_jobs__pb2.EstimateTrainingJobRequest.SerializeToString,
+            knowledge__engine_dot_v1_dot_jobs__pb2.EstimateTrainingJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -284,6 +365,60 @@ class JobService:
             '/knowledge_engine.v1.JobService/CancelJob',
             knowledge__engine_dot_v1_dot_jobs__pb2.CancelJobRequest.SerializeToString,
             knowledge__engine_dot_v1_dot_jobs__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knowledge_engine.v1.JobService/PauseJob',
+            knowledge__engine_dot_v1_dot_jobs__pb2.PauseJobRequest.SerializeToString,
+            knowledge__engine_dot_v1_dot_jobs__pb2.PauseJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knowledge_engine.v1.JobService/ResumeJob',
+            knowledge__engine_dot_v1_dot_jobs__pb2.ResumeJobRequest.SerializeToString,
+            knowledge__engine_dot_v1_dot_jobs__pb2.ResumeJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class JobServiceStub:
     """Queues a fine-tuning run. The job is stored durably before this call answers."""
     CreateGenerationJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateGenerationJobRequest, _jobs_pb2.CreateGenerationJobResponse]
     """Queues the generation of training conversations from a catalogue."""
+    EstimateTrainingJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.EstimateTrainingJobRequest, _jobs_pb2.EstimateTrainingJobResponse]
+    """Says what a fine-tuning run would take and whether it would be accepted; nothing is queued or loaded."""
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]
     """Returns one job."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
@@ -44,6 +46,15 @@ class JobServiceStub:
     CancelJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.CancelJobResponse]
     """Asks a job to stop. A queued job is cancelled at once, a running one within ten seconds.
     Repeating the call returns the job; a job that ended otherwise answers FAILED_PRECONDITION.
+    """
+    PauseJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.PauseJobRequest, _jobs_pb2.PauseJobResponse]
+    """Puts a job aside. A queued job is PAUSED at once, a running one as soon as its checkpoint is durable; until then
+    `pause_requested` is set. Repeating the call returns the job; a job that has ended, or is being cancelled, answers
+    FAILED_PRECONDITION.
+    """
+    ResumeJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]
+    """Queues a paused job again, behind those that are waiting; it goes on from its checkpoint. A job that is not paused
+    is returned as it is; one that has ended, or is being cancelled, answers FAILED_PRECONDITION.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]
     """Replays the events of a job after a sequence number, then follows it until its last event."""
@@ -57,6 +68,8 @@ class JobServiceAsyncStub(JobServiceStub):
     """Queues a fine-tuning run. The job is stored durably before this call answers."""
     CreateGenerationJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateGenerationJobRequest, _jobs_pb2.CreateGenerationJobResponse]  # type: ignore[assignment]
     """Queues the generation of training conversations from a catalogue."""
+    EstimateTrainingJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.EstimateTrainingJobRequest, _jobs_pb2.EstimateTrainingJobResponse]  # type: ignore[assignment]
+    """Says what a fine-tuning run would take and whether it would be accepted; nothing is queued or loaded."""
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]  # type: ignore[assignment]
     """Returns one job."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
@@ -64,6 +77,15 @@ class JobServiceAsyncStub(JobServiceStub):
     CancelJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Asks a job to stop. A queued job is cancelled at once, a running one within ten seconds.
     Repeating the call returns the job; a job that ended otherwise answers FAILED_PRECONDITION.
+    """
+    PauseJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.PauseJobRequest, _jobs_pb2.PauseJobResponse]  # type: ignore[assignment]
+    """Puts a job aside. A queued job is PAUSED at once, a running one as soon as its checkpoint is durable; until then
+    `pause_requested` is set. Repeating the call returns the job; a job that has ended, or is being cancelled, answers
+    FAILED_PRECONDITION.
+    """
+    ResumeJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ResumeJobRequest, _jobs_pb2.ResumeJobResponse]  # type: ignore[assignment]
+    """Queues a paused job again, behind those that are waiting; it goes on from its checkpoint. A job that is not paused
+    is returned as it is; one that has ended, or is being cancelled, answers FAILED_PRECONDITION.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Replays the events of a job after a sequence number, then follows it until its last event."""
@@ -86,6 +108,14 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.CreateGenerationJobResponse, _abc.Awaitable[_jobs_pb2.CreateGenerationJobResponse]]:
         """Queues the generation of training conversations from a catalogue."""
+
+    @_abc_1.abstractmethod
+    def EstimateTrainingJob(
+        self,
+        request: _jobs_pb2.EstimateTrainingJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.EstimateTrainingJobResponse, _abc.Awaitable[_jobs_pb2.EstimateTrainingJobResponse]]:
+        """Says what a fine-tuning run would take and whether it would be accepted; nothing is queued or loaded."""
 
     @_abc_1.abstractmethod
     def GetJob(
@@ -111,6 +141,27 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_jobs_pb2.CancelJobResponse, _abc.Awaitable[_jobs_pb2.CancelJobResponse]]:
         """Asks a job to stop. A queued job is cancelled at once, a running one within ten seconds.
         Repeating the call returns the job; a job that ended otherwise answers FAILED_PRECONDITION.
+        """
+
+    @_abc_1.abstractmethod
+    def PauseJob(
+        self,
+        request: _jobs_pb2.PauseJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.PauseJobResponse, _abc.Awaitable[_jobs_pb2.PauseJobResponse]]:
+        """Puts a job aside. A queued job is PAUSED at once, a running one as soon as its checkpoint is durable; until then
+        `pause_requested` is set. Repeating the call returns the job; a job that has ended, or is being cancelled, answers
+        FAILED_PRECONDITION.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeJob(
+        self,
+        request: _jobs_pb2.ResumeJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ResumeJobResponse, _abc.Awaitable[_jobs_pb2.ResumeJobResponse]]:
+        """Queues a paused job again, behind those that are waiting; it goes on from its checkpoint. A job that is not paused
+        is returned as it is; one that has ended, or is being cancelled, answers FAILED_PRECONDITION.
         """
 
     @_abc_1.abstractmethod

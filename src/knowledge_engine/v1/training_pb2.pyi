@@ -73,6 +73,8 @@ class TrainingSpec(_message.Message):
     EVAL_STEPS_FIELD_NUMBER: _builtins.int
     LOGGING_STEPS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    SAVE_STEPS_FIELD_NUMBER: _builtins.int
+    AUTO_FIND_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """The base model: `base`, or one of the operator's KNOWLEDGE_BASE_MODELS. `base` when empty."""
     dataset: _builtins.str
@@ -111,6 +113,14 @@ class TrainingSpec(_message.Message):
     """Report progress every so many optimizer steps, 1 to 10,000. Default 1."""
     seed: _builtins.int
     """Seed of the split, the data order, the adapter's initialisation and dropout, 0 to 2^32-1. Default 42."""
+    save_steps: _builtins.int
+    """Write a checkpoint every so many optimizer steps, 0 to 1,000,000; 0 writes one every few minutes, as the
+    deployment says. Default 0.
+    """
+    auto_find_batch_size: _builtins.bool
+    """Go on once with half of per_device_train_batch_size and twice as many gradient accumulation steps when memory
+    runs out. Default false.
+    """
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
         """The adapter's shape."""
@@ -137,11 +147,15 @@ class TrainingSpec(_message.Message):
         eval_steps: _builtins.int | None = ...,
         logging_steps: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
+        save_steps: _builtins.int | None = ...,
+        auto_find_batch_size: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "logging_steps", b"logging_steps", "lora", b"lora", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size", "_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_save_steps", b"_save_steps", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "auto_find_batch_size", b"auto_find_batch_size", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "logging_steps", b"logging_steps", "lora", b"lora", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "save_steps", b"save_steps", "seed", b"seed", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "base_model", b"base_model", "dataset", b"dataset", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "logging_steps", b"logging_steps", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "model", b"model", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size", "_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_save_steps", b"_save_steps", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "auto_find_batch_size", b"auto_find_batch_size", "base_model", b"base_model", "dataset", b"dataset", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "logging_steps", b"logging_steps", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "model", b"model", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "save_steps", b"save_steps", "seed", b"seed", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__auto_find_batch_size: _TypeAlias = _typing.Literal["auto_find_batch_size"]  # noqa: Y015
+    _WhichOneofArgType__auto_find_batch_size: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__eval_split: _TypeAlias = _typing.Literal["eval_split"]  # noqa: Y015
     _WhichOneofArgType__eval_split: _TypeAlias = _typing.Literal["_eval_split", b"_eval_split"]  # noqa: Y015
     _WhichOneofReturnType__eval_steps: _TypeAlias = _typing.Literal["eval_steps"]  # noqa: Y015
@@ -162,6 +176,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__num_train_epochs: _TypeAlias = _typing.Literal["_num_train_epochs", b"_num_train_epochs"]  # noqa: Y015
     _WhichOneofReturnType__per_device_train_batch_size: _TypeAlias = _typing.Literal["per_device_train_batch_size"]  # noqa: Y015
     _WhichOneofArgType__per_device_train_batch_size: _TypeAlias = _typing.Literal["_per_device_train_batch_size", b"_per_device_train_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__save_steps: _TypeAlias = _typing.Literal["save_steps"]  # noqa: Y015
+    _WhichOneofArgType__save_steps: _TypeAlias = _typing.Literal["_save_steps", b"_save_steps"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__use_qlora: _TypeAlias = _typing.Literal["use_qlora"]  # noqa: Y015
@@ -170,6 +186,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__warmup_ratio: _TypeAlias = _typing.Literal["_warmup_ratio", b"_warmup_ratio"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__auto_find_batch_size) -> _WhichOneofReturnType__auto_find_batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_split) -> _WhichOneofReturnType__eval_split | None: ...
     @_typing.overload
@@ -190,6 +208,8 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_train_epochs) -> _WhichOneofReturnType__num_train_epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__per_device_train_batch_size) -> _WhichOneofReturnType__per_device_train_batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__save_steps) -> _WhichOneofReturnType__save_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -343,3 +363,127 @@ class HeldOutComparison(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeldOutComparison: _TypeAlias = HeldOutComparison  # noqa: Y015
+
+@_typing.final
+class TrainingEstimate(_message.Message):
+    """What a fine-tuning run would take, found out without loading anything."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HeldMemoryBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class MemoryRange(_message.Message):
+        """Bytes of memory."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LOW_BYTES_FIELD_NUMBER: _builtins.int
+        EXPECTED_BYTES_FIELD_NUMBER: _builtins.int
+        HIGH_BYTES_FIELD_NUMBER: _builtins.int
+        low_bytes: _builtins.int
+        """Less than this would surprise us."""
+        expected_bytes: _builtins.int
+        """What to expect."""
+        high_bytes: _builtins.int
+        """More than this would surprise us."""
+        def __init__(
+            self,
+            *,
+            low_bytes: _builtins.int = ...,
+            expected_bytes: _builtins.int = ...,
+            high_bytes: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_bytes", b"expected_bytes", "high_bytes", b"high_bytes", "low_bytes", b"low_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    TOTAL_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_DISK_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    TRAINING_TIME_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    NEAREST_SPEC_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """The device: `cpu`, or `cuda`."""
+    total_memory_bytes: _builtins.int
+    """Memory of the device that the service may use, in bytes."""
+    disk_bytes: _builtins.int
+    """What the run writes to the disk at most: its checkpoints and the version, in bytes."""
+    free_disk_bytes: _builtins.int
+    """What is free on that disk, in bytes."""
+    num_steps: _builtins.int
+    """Optimizer steps."""
+    num_tokens: _builtins.int
+    """Tokens that go through the model, padding left out."""
+    fits: _builtins.bool
+    """Whether the run would be accepted: the expected memory and the disk space are there once other jobs have ended."""
+    refusal: _builtins.str
+    """Why it would not, in a sentence; empty when it would."""
+    @_builtins.property
+    def memory(self) -> Global___TrainingEstimate.MemoryRange:
+        """Largest resident memory of the worker on its device."""
+
+    @_builtins.property
+    def held_memory_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How much of that others hold now, by holder: `engine`, or `jobs/{job}`."""
+
+    @_builtins.property
+    def training_time(self) -> _duration_pb2.Duration:
+        """Time of the training phase at the rate of the newest run on the same base and precision here; unset while there
+        was none.
+        """
+
+    @_builtins.property
+    def nearest_spec(self) -> Global___TrainingSpec:
+        """The nearest settings that would fit; unset when these do, or when none would."""
+
+    def __init__(
+        self,
+        *,
+        memory: Global___TrainingEstimate.MemoryRange | None = ...,
+        device: _builtins.str = ...,
+        total_memory_bytes: _builtins.int = ...,
+        held_memory_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        disk_bytes: _builtins.int = ...,
+        free_disk_bytes: _builtins.int = ...,
+        num_steps: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        training_time: _duration_pb2.Duration | None = ...,
+        fits: _builtins.bool = ...,
+        refusal: _builtins.str = ...,
+        nearest_spec: Global___TrainingSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "nearest_spec", b"nearest_spec", "training_time", b"training_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "disk_bytes", b"disk_bytes", "fits", b"fits", "free_disk_bytes", b"free_disk_bytes", "held_memory_bytes", b"held_memory_bytes", "memory", b"memory", "nearest_spec", b"nearest_spec", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "refusal", b"refusal", "total_memory_bytes", b"total_memory_bytes", "training_time", b"training_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainingEstimate: _TypeAlias = TrainingEstimate  # noqa: Y015

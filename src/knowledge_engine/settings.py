@@ -23,6 +23,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from knowledge_engine import failpoints
 from knowledge_engine.core import BASE, is_name
 from knowledge_engine.errors import InvalidSpecError, Reason
 
@@ -208,7 +209,11 @@ class Settings(BaseSettings):
 
     def child_environment(self) -> dict[str, str]:
         """This process's environment for a child process, with these settings and no second copy of any."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX) and key not in _ALIASES}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if key == failpoints.VARIABLE or (not key.startswith(PREFIX) and key not in _ALIASES)
+        }
         return kept | self.environment()
 
 
@@ -221,7 +226,7 @@ _ALIASES = frozenset(
 )
 """Names that other tools give to the same things."""
 
-CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY", "KNOWLEDGE_ONLY", "KNOWLEDGE_FAILPOINTS"})
+CLIENT_NAMES = frozenset({"KNOWLEDGE_SERVER", "KNOWLEDGE_API_KEY", "KNOWLEDGE_ONLY", failpoints.VARIABLE})
 """Read from the environment alone: by the command line and other clients, and by `failpoints.py` in tests."""
 
 

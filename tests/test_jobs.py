@@ -250,7 +250,7 @@ async def test_a_stale_worker_cannot_write(channel: grpc.aio.Channel, server: Ru
     worker = await until_running(channel, name, server._state)
     job_id = name.removeprefix("jobs/")
     worker.suspend()
-    server._state.abandon_attempt(job_id, 1, "declared dead", None)
+    server._state.abandon_attempt(job_id, 1, "declared dead")
     worker.resume()
     await gone(worker)
     changes = [event.payload for event in server._state.events(job_id, 0, 1000)]

@@ -63,7 +63,7 @@ def states(state: State, job_id: str) -> list[JobState]:
 
 
 def claim(state: State) -> tuple[str, int]:
-    job = state.claim_job(KINDS, 30)
+    job = state.claim_job(KINDS)
     assert job is not None
     return job.id, job.attempt
 
@@ -120,15 +120,15 @@ def test_every_event_and_job_survives_a_restart(url: str) -> None:
 def test_a_stale_attempt_is_refused_everywhere(state: State) -> None:
     state.create_job(SPEC)
     job_id, old = claim(state)
-    state.abandon_attempt(job_id, old, "interrupted", None)
+    state.abandon_attempt(job_id, old, "interrupted")
     assert claim(state) == (job_id, old + 1)
     for write in (
         lambda: state.append_events(job_id, old, [LogLine(message="late")]),
-        lambda: state.renew_lease(job_id, old, 30, 1, 1.0),
-        lambda: state.attempt_state(job_id, old),
+        lambda: state.beat(job_id, old, 1, "me"),
+        lambda: state.orders(job_id, old),
         lambda: state.finish_attempt(job_id, old, RESULT),
-        lambda: state.abandon_attempt(job_id, old, "again", None),
-        lambda: state.count_crash(job_id, old),
+        lambda: state.abandon_attempt(job_id, old, "again"),
+        lambda: state.bury_attempt(job_id, old, "gone", 3, Reason.WORKER_CRASHED),
     ):
         with pytest.raises(ConflictError) as caught:
             write()
@@ -166,7 +166,7 @@ def test_only_legal_transitions_are_ever_recorded(state: State) -> None:
         if ending == "cancel":
             state.request_cancel(job_id)
         if ending == "requeue":
-            state.abandon_attempt(job_id, attempt, "", None)
+            state.abandon_attempt(job_id, attempt, "")
             state.request_cancel(job_id)
         else:
             outcome = KnowledgeEngineError("no") if ending == "fail" else RESULT
@@ -179,20 +179,20 @@ def test_only_legal_transitions_are_ever_recorded(state: State) -> None:
 def test_an_attempt_is_claimed_once_by_many(state: State) -> None:
     ids = {state.create_job(SPEC).id for _ in range(20)}
     with ThreadPoolExecutor(8) as pool:
-        claimed = [job.id for job in pool.map(lambda _: state.claim_job(KINDS, 30), range(30)) if job]
+        claimed = [job.id for job in pool.map(lambda _: state.claim_job(KINDS), range(30)) if job]
     assert sorted(claimed) == sorted(ids)
 
 
 def test_jobs_are_claimed_in_order_and_by_kind(state: State) -> None:
     first = state.create_job(TrainingSpec(dataset="d", model="m")).id
     second = state.create_job(SPEC).id
-    assert state.claim_job([], 30) is None
+    assert state.claim_job([]) is None
     assert claim_of(state, JobKind.GENERATION) == second
     assert claim_of(state, JobKind.TRAINING) == first
 
 
 def claim_of(state: State, kind: JobKind) -> str:
-    job = state.claim_job([kind], 30)
+    job = state.claim_job([kind])
     assert job is not None
     return job.id
 

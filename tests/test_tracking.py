@@ -392,7 +392,7 @@ def test_what_is_told_at_an_attempts_end_is_what_the_store_decided(
     settings = Settings(data_dir=tmp_path)
     state = State.open(settings.state_url)
     state.create_job(_job().spec)
-    job = state.claim_job([JobKind.TRAINING], 60)
+    job = state.claim_job([JobKind.TRAINING])
     assert job is not None
     attempt = Attempt(settings, state, job)
     attempt.work_dir.mkdir(parents=True)
@@ -409,12 +409,12 @@ def test_an_attempt_that_comes_too_late_leaves_the_next_one_alone(tmp_path: Path
     settings = Settings(data_dir=tmp_path)
     state = State.open(settings.state_url)
     state.create_job(_job().spec)
-    first = state.claim_job([JobKind.TRAINING], 60)
+    first = state.claim_job([JobKind.TRAINING])
     assert first is not None
     attempt = Attempt(settings, state, first)
     attempt.work_dir.mkdir(parents=True)
-    state.abandon_attempt(first.id, first.attempt, "given up", None)
-    assert state.claim_job([JobKind.TRAINING], 60)
+    state.abandon_attempt(first.id, first.attempt, "given up")
+    assert state.claim_job([JobKind.TRAINING])
     staged = Registry.open(settings).stage(first.id)
     heard: list[JobState | None] = []
     attempt.at_end(heard.append)

@@ -1,8 +1,8 @@
-"""Jobs from acceptance to their end: queueing, worker processes, cancelling, watching.
+"""Jobs from acceptance to their end: queueing, worker processes, pausing, cancelling, watching.
 
 The store is the truth; what lives here is only what is needed to act on it. A worker is a fresh interpreter in a
 session of its own that writes to the store itself (`worker.py`), so this process may die and come back: attempts whose
-process lives are left alone, others are queued again. Three crashed attempts end a job.
+process lives are adopted, others are queued again. Three crashes without a checkpoint between them end a job.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from knowledge_engine import devices
 from knowledge_engine.core import Job, JobEvent, JobKind, JobSpec, JobState
 from knowledge_engine.errors import ConflictError, KnowledgeEngineError, Reason, StateError, UpstreamError
+from knowledge_engine.failpoints import failpoint
 from knowledge_engine.settings import Settings
-from knowledge_engine.state import RunningAttempt, State
+from knowledge_engine.state import Request, RunningAttempt, State
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ MAX_CONCURRENT_GENERATIONS = 2
 """Generation needs one core and little memory; two at once leave a core for everything else."""
 
 _SWEEP_SECONDS = 0.5
+_STARTING_SECONDS = 30.0
+"""A worker may take so long to its first beat."""
 _TAIL_SECONDS = 0.1
 _TAIL_EVENTS = 4096
 _REPLAY_EVENTS = 500
@@ -43,14 +49,17 @@ _LOG_TAIL_LINES = 20
 class Jobs:
     """Create, `start` and `stop` it inside one event loop."""
 
-    def __init__(self, settings: Settings, state: State, discard: Callable[[str], None]) -> None:
-        """`discard` takes away what a dead attempt of a job had staged."""
+    def __init__(self, settings: Settings, state: State, clean_up: Callable[[Job], None]) -> None:
+        """`clean_up` takes away what a job's attempts have left and nobody needs in the job's state."""
         self.trouble = ""
         """Why jobs cannot be started now; empty while they can."""
         self._settings = settings
         self._state = state
-        self._discard = discard
+        self._clean_up = clean_up
         self._workers: dict[_Key, _Worker] = {}
+        self._memory_bytes = devices.total_memory(settings)
+        self._pulse = _Pulse(settings.lease_seconds)
+        self._lease_pulse = _Pulse(settings.lease_seconds)
         self._tails: dict[str, _Tail] = {}
         self._cancelled_at: dict[str, float] = {}
         self._wake = asyncio.Event()
@@ -80,9 +89,11 @@ class Jobs:
             os.close(self._lock_file)
             self._lock_file = None
 
-    async def submit(self, spec: JobSpec, creator: str) -> Job:
-        """Stores a job; once this returns, it is not lost."""
-        job = await asyncio.to_thread(self._state.create_job, spec, creator)
+    async def submit(
+        self, spec: JobSpec, creator: str, request: Request | None = None, memory_bytes: int | None = None
+    ) -> Job:
+        """Stores a job; once this returns, it is not lost. See `State.create_job`."""
+        job = await asyncio.to_thread(self._state.create_job, spec, creator, request, memory_bytes)
         self._wake.set()
         return job
 
@@ -90,8 +101,20 @@ class Jobs:
         return await asyncio.to_thread(self._state.get_job, job_id)
 
     async def cancel(self, job_id: str) -> Job:
-        """Cancels a queued job at once and asks a running one to end; see `State.request_cancel`."""
+        """Cancels a waiting job at once and asks a running one to end; see `State.request_cancel`."""
         job = await asyncio.to_thread(self._state.request_cancel, job_id)
+        if job.state.is_terminal:
+            await asyncio.to_thread(self._clean_up, job)
+        self._wake.set()
+        return job
+
+    async def pause(self, job_id: str) -> Job:
+        """Puts a waiting job aside at once and asks a running one to pause; see `State.request_pause`."""
+        return await asyncio.to_thread(self._state.request_pause, job_id)
+
+    async def resume(self, job_id: str) -> Job:
+        """Queues a paused job again; see `State.request_resume`."""
+        job = await asyncio.to_thread(self._state.request_resume, job_id)
         self._wake.set()
         return job
 
@@ -148,74 +171,107 @@ class Jobs:
     async def _start_queued(self) -> None:
         while not self._stopping:
             running = [worker.job.kind for worker in self._workers.values()]
-            running += [attempt.job.kind for attempt in await self._foreign_attempts()]
             limits = {
                 # A slim server leaves trainings to a full one on the same data.
                 JobKind.TRAINING: self._settings.max_concurrent_trainings if can_train() else 0,
                 JobKind.GENERATION: MAX_CONCURRENT_GENERATIONS,
             }
             free = [kind for kind, limit in limits.items() if running.count(kind) < limit]
-            job = await asyncio.to_thread(self._state.claim_job, free, self._settings.lease_seconds)
+            job = await asyncio.to_thread(self._state.claim_job, free, self._memory_bytes)
             if job is None:
                 return
-            worker = await _Worker.start(self._settings, job)
-            self._workers[worker.key] = worker
-            worker.settled = asyncio.create_task(self._settle(worker))
+            failpoint("claim.done")
+            try:
+                worker = await _Child.start(self._settings, job)
+            except OSError as error:
+                message = f"its worker could not be started: {error.strerror}"
+                await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
+                raise
+            self._take_charge(worker)
+
+    def _take_charge(self, worker: _Worker) -> None:
+        self._workers[_key(worker.job)] = worker
+        worker.settled = asyncio.create_task(self._settle(worker))
 
     async def _settle(self, worker: _Worker) -> None:
         """Waits for a worker's end and writes down what it could not write itself."""
-        code = await worker.process.wait()
+        code = await worker.wait()
         worker.kill_group()  # whatever it started ends with it
+        key = _key(worker.job)
         try:
-            await self._bury(worker.job, worker.interrupted, _describe_exit(code, worker.log_path))
-        except ConflictError:
-            pass  # it finished by itself: the ordinary case
+            while not await self._is_buried(worker, code):  # noqa: ASYNC110
+                await asyncio.sleep(_SWEEP_SECONDS)
         finally:
-            del self._workers[worker.key]
+            del self._workers[key]
+            self._pulse.forget(key)
             self._wake.set()
 
-    async def _bury(self, job: Job, interrupted: bool, how: str) -> None:
-        """Ends an attempt whose process is gone without a word."""
-        if interrupted:
-            message, error = "interrupted: the service was stopped", None
-        else:
-            crashes = await asyncio.to_thread(self._state.count_crash, job.id, job.attempt)
-            message = f"attempt {job.attempt} crashed: {how}"
-            error = None
-            if crashes >= MAX_CRASHES:
-                error = KnowledgeEngineError(
-                    f"{MAX_CRASHES} attempts crashed; the last: {how}", reason=Reason.WORKER_CRASHED, job=job.id
-                )
-        await asyncio.to_thread(self._discard, job.id)
-        await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message, error)
-        _LOG.warning("job %s: %s", job.id, message)
+    async def _is_buried(self, worker: _Worker, code: int | None) -> bool:
+        """False while the store cannot be told."""
+        try:
+            await self._bury(worker, code)
+        except ConflictError:
+            pass  # it finished by itself: the ordinary case
+        except KnowledgeEngineError as error:
+            if not self._stopping:
+                return False
+            _LOG.warning("the end of job %s could not be written down: %s", worker.job.id, error.message)
+        return True
 
-    async def _foreign_attempts(self) -> list[RunningAttempt]:
-        """Attempts under way that a former server process started."""
-        attempts = await asyncio.to_thread(self._state.running_attempts)
-        return [attempt for attempt in attempts if _key(attempt.job) not in self._workers]
+    async def _bury(self, worker: _Worker, code: int | None) -> None:
+        """Ends an attempt whose process is gone without a word."""
+        job, how = worker.job, worker.verdict or _describe_exit(code)
+        if worker.interrupted or code == -signal.SIGTERM:
+            message = "interrupted before it could make a checkpoint"
+            job = await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
+        else:
+            reason = Reason.OUT_OF_MEMORY if worker.was_out_of_memory(code) else Reason.WORKER_CRASHED
+            if reason is Reason.OUT_OF_MEMORY:
+                how += ", by the kernel, which had run out of memory"
+            how += _last_words(self._settings, job)
+            job = await asyncio.to_thread(self._state.bury_attempt, job.id, job.attempt, how, MAX_CRASHES, reason)
+        _LOG.warning("job %s, attempt %d: %s", job.id, job.attempt, how)
+        await asyncio.to_thread(self._clean_up, job)
 
     async def _sweep(self) -> None:
-        """Presses what was asked to stop, and buries foreign attempts that are no longer alive."""
+        """Adopts what a former server left, presses what was asked to stop, and ends what gives no sign of life."""
         attempts = await asyncio.to_thread(self._state.running_attempts)
+        self._pulse.feel({_key(attempt.job): attempt.beat for attempt in attempts})
         cancelling = {attempt.job.id for attempt in attempts if attempt.job.state is JobState.CANCELLING}
         self._cancelled_at = {job_id: self._cancelled_at.get(job_id, time.monotonic()) for job_id in cancelling}
         for attempt in attempts:
-            job_id = attempt.job.id
-            overdue = job_id in cancelling and (
-                time.monotonic() - self._cancelled_at[job_id] >= self._settings.cancel_grace_seconds
-            )
-            if worker := self._workers.get(_key(attempt.job)):
-                if overdue:
-                    worker.kill_group()
+            worker = self._workers.get(_key(attempt.job))
+            if worker is None and (worker := self._adopted(attempt)) is None:
                 continue
-            process = await asyncio.to_thread(_find_process, attempt)
-            if process is not None and overdue:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            if process is None and (attempt.worker_pid is not None or attempt.lease_expires < time.time()):
-                with contextlib.suppress(ConflictError):
-                    await self._bury(attempt.job, False, "its process was gone when the service came back")
+            cancelled_at = self._cancelled_at.get(attempt.job.id)
+            if cancelled_at is not None and time.monotonic() - cancelled_at >= self._settings.cancel_grace_seconds:
+                worker.kill_group()
+            elif self._pulse.is_silent(_key(attempt.job)):
+                await self._end_silent(worker)
+        await self._drop_dead_leases()
+
+    def _adopted(self, attempt: RunningAttempt) -> _Worker | None:
+        """The worker that a former server started; None where it has not said who it is and still may."""
+        if attempt.worker_pid is None and not self._pulse.is_silent(_key(attempt.job)):
+            return None
+        worker = _Adopted(attempt)
+        self._take_charge(worker)
+        return worker
+
+    async def _end_silent(self, worker: _Worker) -> None:
+        """Kills a worker without a sign of life, once it is sure that it could have given one."""
+        await asyncio.to_thread(self._state.demand_writable)
+        if self._pulse.is_lost(_key(worker.job)):
+            worker.verdict = f"it gave no sign of life for {self._settings.lease_seconds:g} s"
+            worker.kill_group()
+
+    async def _drop_dead_leases(self) -> None:
+        beats = await asyncio.to_thread(self._state.lease_beats)
+        self._lease_pulse.feel(beats)
+        for holder in beats:
+            if self._lease_pulse.is_silent(holder):
+                _LOG.warning("%s no longer says that it holds memory: it counts as free", holder)
+                await asyncio.to_thread(self._state.release_memory, holder)
 
 
 def can_train() -> bool:
@@ -241,24 +297,99 @@ def work_dir(settings: Settings, job_id: str) -> Path:
     return settings.data_dir / "jobs" / job_id
 
 
-class _Worker:
-    """One worker process of ours."""
+class _Pulse:
+    """Who has given no sign of life for how long, by this process's own clock.
 
-    def __init__(self, job: Job, process: asyncio.subprocess.Process, log_path: Path) -> None:
+    Only time in which the store could be asked counts: while this process sleeps or the store is away, nobody is
+    judged. Clocks that are set, here or elsewhere, change nothing.
+    """
+
+    def __init__(self, patience_seconds: float) -> None:
+        self._patience = patience_seconds
+        self._beats: dict[object, tuple[int, float]] = {}  # the last beat, and for how long it is the last
+        self._felt_at = time.monotonic()
+
+    def feel(self, beats: Mapping[Any, int]) -> None:
+        """Takes the counts of all who should live."""
+        now = time.monotonic()
+        passed, self._felt_at = min(now - self._felt_at, 2 * _SWEEP_SECONDS), now
+        before = self._beats
+        self._beats = {
+            key: (beat, before[key][1] + passed if key in before and before[key][0] == beat else 0.0)
+            for key, beat in beats.items()
+        }
+
+    def is_silent(self, key: object) -> bool:
+        """Whether it should have been heard of; before the first beat it has time to start."""
+        beat, silence = self._beats.get(key, (0, 0.0))
+        return silence > self._patience + (_STARTING_SECONDS if beat == 0 else 0)
+
+    def is_lost(self, key: object) -> bool:
+        """Whether it stayed silent for another third of the patience: a store that could not be written to may have
+        silenced it until just now."""
+        beat, silence = self._beats.get(key, (0, 0.0))
+        return silence > self._patience * 4 / 3 + 2 * _SWEEP_SECONDS + (_STARTING_SECONDS if beat == 0 else 0)
+
+    def forget(self, key: object) -> None:
+        self._beats.pop(key, None)
+
+
+class _Worker(ABC):
+    """The process of one attempt."""
+
+    def __init__(self, job: Job, pid: int | None) -> None:
         self.job = job
-        self.key = _key(job)
-        self.process = process
-        self.log_path = log_path
+        self.pid = pid
         self.interrupted = False
+        self.verdict = ""
+        """Why it was killed; empty unless it was."""
         self.settled: asyncio.Task[None] | None = None
+        self._oom_kills = _count_oom_kills()
+
+    @abstractmethod
+    async def wait(self) -> int | None:
+        """Until the process is gone; its exit code, negative for a signal, or None where that cannot be known."""
+
+    @abstractmethod
+    def _is_ours(self) -> bool:
+        """Whether the pid still means this process."""
+
+    def was_out_of_memory(self, code: int | None) -> bool:
+        """Whether the kernel has killed processes for want of memory meanwhile, likely this one."""
+        return code in {-signal.SIGKILL, None} and not self.verdict and _count_oom_kills() > self._oom_kills
+
+    async def interrupt(self, grace_seconds: float) -> None:
+        """Asks it to keep what it has and end; after the grace it is killed."""
+        self.interrupted = True
+        if self.pid is not None and self._is_ours():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+        if self.settled is not None:
+            done, _ = await asyncio.wait([self.settled], timeout=grace_seconds)
+            if not done:
+                self.kill_group()
+                await self.settled
+
+    def kill_group(self) -> None:
+        """A worker leads its session, so this reaches whatever it has started."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+
+class _Child(_Worker):
+    """A worker that this process has started."""
+
+    def __init__(self, job: Job, process: asyncio.subprocess.Process) -> None:
+        super().__init__(job, process.pid)
+        self._process = process
 
     @classmethod
-    async def start(cls, settings: Settings, job: Job) -> _Worker:
+    async def start(cls, settings: Settings, job: Job) -> _Child:
         """A fresh interpreter in its own session; settings travel in the environment, secrets never in argv."""
-        folder = work_dir(settings, job.id)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        log_path = folder / f"worker-{job.attempt}.log"
-        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        path = _log_path(settings, job)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -274,22 +405,33 @@ class _Worker:
             )
         finally:
             os.close(descriptor)
-        return cls(job, process, log_path)
+        return cls(job, process)
 
-    async def interrupt(self, grace_seconds: float) -> None:
-        self.interrupted = True
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(self.process.wait(), grace_seconds)
-        except TimeoutError:
-            self.kill_group()
-        if self.settled is not None:
-            await self.settled
+    async def wait(self) -> int | None:
+        return await self._process.wait()
+
+    def _is_ours(self) -> bool:
+        return self._process.returncode is None
+
+
+class _Adopted(_Worker):
+    """A worker that a former server has started."""
+
+    def __init__(self, attempt: RunningAttempt) -> None:
+        super().__init__(attempt.job, attempt.worker_pid)
+        self._identity = attempt.worker_identity
+
+    async def wait(self) -> int | None:
+        while self._is_ours():  # noqa: ASYNC110 (nobody tells of the end of a stranger's child)
+            await asyncio.sleep(_SWEEP_SECONDS / 2)
+        return None
+
+    def _is_ours(self) -> bool:
+        return self.pid is not None and process_identity(self.pid) == self._identity
 
     def kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self._is_ours():
+            super().kill_group()
 
 
 class _Tail:
@@ -392,23 +534,49 @@ def server_is_alive(settings: Settings) -> bool:
     return False
 
 
-def _find_process(attempt: RunningAttempt) -> psutil.Process | None:
-    """The attempt's process, if it lives; a reused pid has another start time."""
-    if attempt.worker_pid is None:
-        return None
+def process_identity(pid: int) -> str | None:
+    """What tells this process from every other that had or will have its pid: the boot and the tick of its start. None
+    when there is no such process, or only its remains."""
     try:
-        process = psutil.Process(attempt.worker_pid)
-        if process.create_time() == attempt.worker_started and process.status() != psutil.STATUS_ZOMBIE:
-            return process
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return None if Path("/proc/self/stat").exists() else _portable_identity(pid)
+    return None if fields[0] in {"Z", "X"} else f"{boot} {fields[19]}"
+
+
+def _portable_identity(pid: int) -> str | None:
+    """Where there is no /proc."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
     except psutil.Error:
-        pass
-    return None
+        return None
 
 
-def _describe_exit(code: int, log_path: Path) -> str:
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+def _count_oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started; 0 where it does not tell."""
     with contextlib.suppress(OSError):
-        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return 0
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None:
+        return "its process ended while no server was its parent"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _last_words(settings: Settings, job: Job) -> str:
+    with contextlib.suppress(OSError):
+        lines = _log_path(settings, job).read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
         if lines:
-            return f"{how}; its last words:\n" + "\n".join(lines)
-    return how
+            return "; its last words:\n" + "\n".join(lines)
+    return ""
+
+
+def _log_path(settings: Settings, job: Job) -> Path:
+    return work_dir(settings, job.id) / f"worker-{job.attempt}.log"

@@ -11,6 +11,7 @@ import json
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ from knowledge_engine.core import (
     LEGAL_TRANSITIONS,
     MAX_QUEUED_JOBS,
     TERMINAL_STATES,
+    Checkpoint,
     Dataset,
     DatasetKind,
     EventPayload,
@@ -37,6 +39,7 @@ from knowledge_engine.core import (
     JobResult,
     JobSpec,
     JobState,
+    LogLine,
     Page,
     Progress,
     ResultEvent,
@@ -57,8 +60,10 @@ from knowledge_engine.errors import (
     Reason,
     StateError,
     UpstreamError,
+    Violation,
 )
 
+_UNDER_WAY = (JobState.RUNNING.value, JobState.CANCELLING.value)
 _OUR_MISTAKES = (ConstraintError, DataError, NotSupportedError, ProgrammingError)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -106,10 +111,36 @@ JOBS = sa.Table(
     sa.Column("creator", sa.String(63), nullable=False, default=""),
     sa.Column("tracker_run", sa.Text),
     sa.Column("last_sequence", sa.BigInteger, nullable=False, default=0),
-    # Who runs the current attempt: a pid alone may be reused, with its start time it may not.
     sa.Column("worker_pid", sa.Integer),
-    sa.Column("worker_started", sa.Float),
-    sa.Column("lease_expires", sa.Float),
+    # When a job was queued, or queued again on request: an interruption costs it no place.
+    sa.Column("queue_time", _Time),
+    sa.Column("pause_requested", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("checkpoint_step", sa.BigInteger),
+    # What its worker is expected to take of its device.
+    sa.Column("memory_bytes", sa.BigInteger),
+    # Counts the current attempt's signs of life. Whether it moves says who lives; no two clocks are ever compared.
+    sa.Column("beat", sa.BigInteger, nullable=False, server_default="0"),
+    # Who runs the current attempt: a pid alone may be reused, with this it may not.
+    sa.Column("worker_identity", sa.String(80)),
+)
+
+REQUESTS = sa.Table(
+    "requests",
+    METADATA,
+    sa.Column("creator", sa.String(63), primary_key=True),
+    sa.Column("request_id", sa.String(255), primary_key=True),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("job_id", sa.String(63), sa.ForeignKey("jobs.id"), nullable=False),
+)
+
+# Memory held by whoever is no job: the engine, above all. What jobs hold stands with them.
+LEASES = sa.Table(
+    "leases",
+    METADATA,
+    sa.Column("holder", sa.String(80), primary_key=True),
+    sa.Column("device", sa.String(16), nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("beat", sa.BigInteger, nullable=False),
 )
 
 EVENTS = sa.Table(
@@ -152,13 +183,27 @@ class Observation(NamedTuple):
 
 
 class RunningAttempt(NamedTuple):
-    """The current attempt of a RUNNING or CANCELLING job; `lease_expires` in seconds since 1970."""
+    """The current attempt of a RUNNING or CANCELLING job. `beat` grows for as long as its worker lives; pid and
+    identity are None until its first beat."""
 
     job: Job
-    crashes: int
+    beat: int
     worker_pid: int | None
-    worker_started: float | None
-    lease_expires: float
+    worker_identity: str | None
+
+
+class Orders(NamedTuple):
+    """What a running attempt should know: its state is RUNNING or CANCELLING."""
+
+    state: JobState
+    pause_requested: bool
+
+
+class Request(NamedTuple):
+    """What makes a call safe to repeat: its caller's id for it, and a digest of what was asked."""
+
+    id: str
+    digest: str
 
 
 class State:
@@ -213,15 +258,22 @@ class State:
 
     # --- jobs, seen from outside ----------------------------------------------------------------------------------
 
-    def create_job(self, spec: JobSpec, creator: str = "") -> Job:
-        """Stores a QUEUED job and its first event.
+    def create_job(
+        self, spec: JobSpec, creator: str = "", request: Request | None = None, memory_bytes: int | None = None
+    ) -> Job:
+        """Stores a QUEUED job and its first event; a repeated request answers with the job of the first.
+
+        `memory_bytes` is what its worker is expected to take of its device, None where that is not known.
 
         Raises:
             CapacityError: QUEUE_FULL.
+            InvalidSpecError: REQUEST_ID_REUSED.
         """
         kind = JobKind.TRAINING if isinstance(spec, TrainingSpec) else JobKind.GENERATION
         job = Job(id=_new_job_id(), kind=kind, state=JobState.QUEUED, spec=spec, create_time=utc_now(), creator=creator)
         with self._write() as connection:
+            if request is not None and (known := _find_request(connection, creator, request)):
+                return known
             queued = connection.scalar(
                 sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.state == JobState.QUEUED)
             )
@@ -239,16 +291,30 @@ class State:
                     state=job.state.value,
                     spec=spec.model_dump_json(),
                     create_time=job.create_time,
+                    queue_time=job.create_time,
                     creator=creator,
+                    memory_bytes=memory_bytes,
                 )
             )
+            if request is not None:
+                values = {"creator": creator, "request_id": request.id, "digest": request.digest, "job_id": job.id}
+                connection.execute(REQUESTS.insert().values(values))
             _append(connection, job.id, [StateChange(state=JobState.QUEUED)])
-            return _get_job(connection, job.id)
+            return _shown(connection, job.id)
+
+    def find_request(self, creator: str, request: Request) -> Job | None:
+        """The job that this request has made already.
+
+        Raises:
+            InvalidSpecError: REQUEST_ID_REUSED, it asked for something else.
+        """
+        with self._read() as connection:
+            return _find_request(connection, creator, request)
 
     def get_job(self, job_id: str) -> Job:
         """Raises NotFoundError: JOB_NOT_FOUND."""
         with self._read() as connection:
-            return _get_job(connection, job_id)
+            return _shown(connection, job_id)
 
     def list_jobs(self, page: Page) -> tuple[list[Job], str | None]:
         """Newest first; job ids sort by creation."""
@@ -257,10 +323,12 @@ class State:
             query = query.where(JOBS.c.id < page.after)
         with self._read() as connection:
             jobs = [_to_job(row) for row in connection.execute(query)]
+            places = {} if not any(job.state is JobState.QUEUED for job in jobs) else _places(connection)
+        jobs = [job.model_copy(update={"queue_position": places.get(job.id)}) for job in jobs]
         return jobs[: page.size], jobs[page.size - 1].id if len(jobs) > page.size else None
 
     def request_cancel(self, job_id: str) -> Job:
-        """QUEUED becomes CANCELLED, RUNNING becomes CANCELLING; repeating it changes nothing.
+        """QUEUED and PAUSED become CANCELLED, RUNNING becomes CANCELLING; repeating it changes nothing.
 
         Raises:
             NotFoundError: JOB_NOT_FOUND.
@@ -270,13 +338,46 @@ class State:
             job = _get_job(connection, job_id)
             if job.state in {JobState.CANCELLING, JobState.CANCELLED}:
                 return job
-            if job.state.is_terminal:
-                raise StateError(
-                    f"job {job_id} has ended: {job.state}", reason=Reason.JOB_ENDED, job=job_id, state=job.state
-                )
-            target = JobState.CANCELLED if job.state is JobState.QUEUED else JobState.CANCELLING
+            _demand_live(job)
+            target = JobState.CANCELLING if job.state is JobState.RUNNING else JobState.CANCELLED
             _transition(connection, job, target, message="cancelled on request")
             return _get_job(connection, job_id)
+
+    def request_pause(self, job_id: str) -> Job:
+        """QUEUED becomes PAUSED, RUNNING is asked to become so; repeating it changes nothing.
+
+        Raises:
+            NotFoundError: JOB_NOT_FOUND.
+            StateError: JOB_ENDED, also while it is being cancelled.
+        """
+        with self._write() as connection:
+            job = _get_job(connection, job_id)
+            _demand_live(job)
+            if job.state is JobState.QUEUED:
+                _transition(connection, job, JobState.PAUSED, message="paused on request")
+            if job.state is JobState.RUNNING and not job.pause_requested:
+                connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(pause_requested=True))
+                _append(connection, job_id, [LogLine(message="asked to pause")])
+            return _shown(connection, job_id)
+
+    def request_resume(self, job_id: str) -> Job:
+        """PAUSED becomes QUEUED, behind those that wait; a job that was only asked to pause goes on. Others stay.
+
+        Raises:
+            NotFoundError: JOB_NOT_FOUND.
+            StateError: JOB_ENDED, also while it is being cancelled.
+        """
+        with self._write() as connection:
+            job = _get_job(connection, job_id)
+            _demand_live(job)
+            if job.state is JobState.PAUSED:
+                values = {"queue_time": utc_now(), "crashes": 0}
+                connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(values))
+                _transition(connection, job, JobState.QUEUED, message="resumed on request")
+            if job.pause_requested:
+                connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(pause_requested=False))
+                _append(connection, job_id, [LogLine(message="asked to go on")])
+            return _shown(connection, job_id)
 
     def events(self, job_id: str, after: int, limit: int) -> list[JobEvent]:
         """The next events after a sequence number, in order."""
@@ -300,22 +401,20 @@ class State:
 
     # --- jobs, seen from the dispatcher ---------------------------------------------------------------------------
 
-    def claim_job(self, kinds: Sequence[JobKind], lease_seconds: float) -> Job | None:
-        """Starts the next attempt of the oldest QUEUED job of one of these kinds."""
-        if not kinds:
-            return None
-        query = (
-            sa.select(JOBS)
-            .where(JOBS.c.state == JobState.QUEUED, JOBS.c.kind.in_([kind.value for kind in kinds]))
-            .order_by(JOBS.c.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
+    def claim_job(self, kinds: Sequence[JobKind], memory_bytes: int | None = None) -> Job | None:
+        """Starts the next attempt of the job whose turn it is among those of these kinds.
+
+        A job that does not fit beside what is held of `memory_bytes` waits, and those of its kind behind it; beside no
+        other job it starts in any case, for its worker looks again.
+        """
         with self._write() as connection:
-            row = connection.execute(query).first()
-            if row is None:
+            for kind in kinds:
+                turn = _queue(connection, kind)
+                if turn and _fits(connection, turn[0], memory_bytes):
+                    break
+            else:
                 return None
-            job = _to_job(row)
+            job = _get_job(connection, turn[0].id)
             connection.execute(
                 JOBS.update()
                 .where(JOBS.c.id == job.id)
@@ -323,8 +422,8 @@ class State:
                     attempt=job.attempt + 1,
                     start_time=job.start_time or utc_now(),
                     worker_pid=None,
-                    worker_started=None,
-                    lease_expires=time.time() + lease_seconds,
+                    worker_identity=None,
+                    beat=0,
                 )
             )
             _transition(connection, _get_job(connection, job.id), JobState.RUNNING)
@@ -332,42 +431,74 @@ class State:
 
     def running_attempts(self) -> list[RunningAttempt]:
         """Every attempt that is under way, or was when its process died."""
-        states = [JobState.RUNNING.value, JobState.CANCELLING.value]
+        query = sa.select(JOBS).where(JOBS.c.state.in_(_UNDER_WAY)).order_by(JOBS.c.id)
         with self._read() as connection:
-            rows = connection.execute(sa.select(JOBS).where(JOBS.c.state.in_(states)).order_by(JOBS.c.id)).all()
-        return [
-            RunningAttempt(_to_job(row), row.crashes, row.worker_pid, row.worker_started, row.lease_expires or 0.0)
-            for row in rows
-        ]
+            rows = connection.execute(query).all()
+        return [RunningAttempt(_to_job(row), row.beat, row.worker_pid, row.worker_identity) for row in rows]
 
-    def abandon_attempt(self, job_id: str, attempt: int, message: str, error: KnowledgeEngineError | None) -> Job:
-        """Ends an attempt whose process is gone: CANCELLING becomes CANCELLED; RUNNING becomes FAILED with `error`,
-        or QUEUED again without one.
+    def abandon_attempt(self, job_id: str, attempt: int, message: str) -> Job:
+        """Ends an attempt whose work is to go on later: CANCELLING becomes CANCELLED, RUNNING becomes PAUSED where that
+        was asked for and else QUEUED.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED, when the attempt has ended already.
+        """
+        with self._write() as connection:
+            _abandon(connection, _get_attempt(connection, job_id, attempt), message)
+            return _shown(connection, job_id)
+
+    def bury_attempt(self, job_id: str, attempt: int, how: str, max_crashes: int, reason: Reason) -> Job:
+        """Ends an attempt whose process is gone without a word: as `abandon_attempt`, but FAILED with `reason` when it
+        is the last of `max_crashes` crashes without a checkpoint between them.
 
         Raises:
             ConflictError: ATTEMPT_SUPERSEDED, when the attempt has ended already.
         """
         with self._write() as connection:
             job = _get_attempt(connection, job_id, attempt)
-            if job.state is JobState.CANCELLING:
-                _transition(connection, job, JobState.CANCELLED, message="cancelled on request")
-            elif error is not None:
-                _transition(connection, job, JobState.FAILED, message=message, error=error)
+            crashes = 1 + (connection.scalar(sa.select(JOBS.c.crashes).where(JOBS.c.id == job_id)) or 0)
+            connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(crashes=crashes))
+            message = f"attempt {attempt} crashed: {how}"
+            if crashes < max_crashes or job.state is JobState.CANCELLING:
+                _abandon(connection, job, message)
             else:
-                _transition(connection, job, JobState.QUEUED, message=message)
-            return _get_job(connection, job_id)
+                error = KnowledgeEngineError(
+                    f"{max_crashes} attempts crashed; the last: {how}", reason=reason, job=job_id
+                )
+                _transition(connection, job, JobState.FAILED, message=message, error=error)
+            return _shown(connection, job_id)
 
-    def count_crash(self, job_id: str, attempt: int) -> int:
-        """Adds a crash to the job's count and returns it."""
+    # --- memory held by others than jobs --------------------------------------------------------------------------
+
+    def hold_memory(self, holder: str, device: str, size_bytes: int) -> None:
+        """Says what `holder` has taken of a device, and that it still lives."""
+        values = {"device": device, "size_bytes": size_bytes}
         with self._write() as connection:
-            _get_attempt(connection, job_id, attempt)
-            connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(crashes=JOBS.c.crashes + 1))
-            return int(connection.scalar(sa.select(JOBS.c.crashes).where(JOBS.c.id == job_id)) or 0)
+            updated = connection.execute(
+                LEASES.update().where(LEASES.c.holder == holder).values(**values, beat=LEASES.c.beat + 1)
+            )
+            if not updated.rowcount:
+                connection.execute(LEASES.insert().values(holder=holder, beat=0, **values))
+
+    def release_memory(self, holder: str) -> None:
+        """What `holder` had taken is free again."""
+        with self._write() as connection:
+            connection.execute(LEASES.delete().where(LEASES.c.holder == holder))
+
+    def lease_beats(self) -> dict[str, int]:
+        """The signs of life of all holders."""
+        with self._read() as connection:
+            return {row.holder: row.beat for row in connection.execute(sa.select(LEASES))}
+
+    def held_memory(self) -> dict[str, int]:
+        """Bytes by holder: `engine` and the like, and `jobs/{job}` for every job under way."""
+        with self._read() as connection:
+            return _held(connection)
 
     # --- jobs, seen from a worker: every write is fenced by the attempt number ------------------------------------
 
-    def renew_lease(self, job_id: str, attempt: int, lease_seconds: float, pid: int, started: float) -> JobState:
-        """Says that the attempt is alive; answers RUNNING or CANCELLING.
+    def beat(self, job_id: str, attempt: int, pid: int, identity: str) -> Orders:
+        """Says that the attempt is alive, and who runs it.
 
         Raises:
             ConflictError: ATTEMPT_SUPERSEDED.
@@ -377,21 +508,24 @@ class State:
             connection.execute(
                 JOBS.update()
                 .where(JOBS.c.id == job_id)
-                .values(lease_expires=time.time() + lease_seconds, worker_pid=pid, worker_started=started)
+                .values(beat=JOBS.c.beat + 1, worker_pid=pid, worker_identity=identity)
             )
-            return job.state
+            return Orders(job.state, job.pause_requested)
 
-    def attempt_state(self, job_id: str, attempt: int) -> JobState:
-        """RUNNING or CANCELLING.
-
-        Raises:
-            ConflictError: ATTEMPT_SUPERSEDED.
-        """
+    def orders(self, job_id: str, attempt: int) -> Orders:
+        """Raises ConflictError: ATTEMPT_SUPERSEDED."""
         with self._read() as connection:
-            return _get_attempt(connection, job_id, attempt).state
+            job = _get_attempt(connection, job_id, attempt)
+        return Orders(job.state, job.pause_requested)
+
+    def demand_writable(self) -> None:
+        """Raises UpstreamError: STATE_UNAVAILABLE, when nobody can write now."""
+        with self._write() as connection:
+            connection.execute(JOBS.update().where(JOBS.c.id == "").values(beat=0))
 
     def append_events(self, job_id: str, attempt: int, payloads: Sequence[EventPayload]) -> None:
-        """Adds events of a running attempt; a progress event also becomes the job's progress.
+        """Adds events of a running attempt. A progress event also becomes the job's progress; a checkpoint is what the
+        job goes on from, and crashes before it count no more.
 
         Raises:
             ConflictError: ATTEMPT_SUPERSEDED.
@@ -399,12 +533,15 @@ class State:
         with self._write() as connection:
             job = _get_attempt(connection, job_id, attempt)
             _append(connection, job_id, payloads)
+            values: dict[str, Any] = {}
             progress = job.progress
             for payload in payloads:
                 if isinstance(payload, Progress):
                     progress = payload.over(progress)
-            if progress is not None and progress is not job.progress:
-                values = {"progress": progress.model_dump_json()}
+                    values["progress"] = progress.model_dump_json()
+                if isinstance(payload, Checkpoint):
+                    values |= {"checkpoint_step": payload.step, "crashes": 0}
+            if values:
                 connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(values))
 
     def set_tracker_run(self, job_id: str, attempt: int, run: TrackerRun) -> None:
@@ -538,6 +675,82 @@ def _get_job(connection: sa.Connection, job_id: str) -> Job:
     return _to_job(row)
 
 
+def _shown(connection: sa.Connection, job_id: str) -> Job:
+    """The job with its place in the queue."""
+    job = _get_job(connection, job_id)
+    if job.state is not JobState.QUEUED:
+        return job
+    return job.model_copy(update={"queue_position": _places(connection).get(job_id)})
+
+
+def _queue(connection: sa.Connection, kind: JobKind) -> list[sa.Row[Any]]:
+    """The waiting jobs of a kind, next first: callers take turns, and each caller's jobs go in the order they came.
+    What a caller has running counts as its turn."""
+    live = sa.select(JOBS).where(JOBS.c.kind == kind.value, JOBS.c.state.in_([JobState.QUEUED.value, *_UNDER_WAY]))
+    turns: Counter[str] = Counter()
+    waiting: list[sa.Row[Any]] = []
+    for row in connection.execute(live.order_by(JOBS.c.queue_time, JOBS.c.id)):
+        if row.state == JobState.QUEUED:
+            waiting.append(row)
+        else:
+            turns[row.creator] += 1
+    places: list[tuple[int, int]] = []
+    for order, row in enumerate(waiting):
+        places.append((turns[row.creator], order))
+        turns[row.creator] += 1
+    return [waiting[order] for _, order in sorted(places)]
+
+
+def _places(connection: sa.Connection) -> dict[str, int]:
+    """By job, from 1."""
+    return {row.id: place for kind in JobKind for place, row in enumerate(_queue(connection, kind), 1)}
+
+
+def _held(connection: sa.Connection) -> dict[str, int]:
+    held = {row.holder: row.size_bytes for row in connection.execute(sa.select(LEASES))}
+    running = sa.select(JOBS).where(JOBS.c.state.in_(_UNDER_WAY), JOBS.c.memory_bytes.is_not(None))
+    return held | {f"jobs/{row.id}": row.memory_bytes for row in connection.execute(running)}
+
+
+def _fits(connection: sa.Connection, row: sa.Row[Any], memory_bytes: int | None) -> bool:
+    if row.memory_bytes is None or memory_bytes is None:
+        return True
+    held = _held(connection)
+    is_alone = not any(holder.startswith("jobs/") for holder in held)
+    return is_alone or row.memory_bytes + sum(held.values()) <= memory_bytes
+
+
+def _find_request(connection: sa.Connection, creator: str, request: Request) -> Job | None:
+    query = sa.select(REQUESTS).where(REQUESTS.c.creator == creator, REQUESTS.c.request_id == request.id)
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    if row.digest != request.digest:
+        raise InvalidSpecError(
+            f"this request id made job {row.job_id}, which was asked for something else; take a new id",
+            reason=Reason.REQUEST_ID_REUSED,
+            violations=[Violation("request_id", "was used with another spec")],
+            job=row.job_id,
+        )
+    return _shown(connection, row.job_id)
+
+
+def _demand_live(job: Job) -> None:
+    """Raises StateError: JOB_ENDED."""
+    if job.state.is_terminal or job.state is JobState.CANCELLING:
+        how = f"has ended: {job.state}" if job.state.is_terminal else "is being cancelled"
+        raise StateError(f"job {job.id} {how}", reason=Reason.JOB_ENDED, job=job.id, state=job.state)
+
+
+def _abandon(connection: sa.Connection, job: Job, message: str) -> None:
+    if job.state is JobState.CANCELLING:
+        _transition(connection, job, JobState.CANCELLED, message="cancelled on request")
+    elif job.pause_requested:
+        _transition(connection, job, JobState.PAUSED, message=message)
+    else:
+        _transition(connection, job, JobState.QUEUED, message=message)
+
+
 def _get_attempt(connection: sa.Connection, job_id: str, attempt: int) -> Job:
     job = _get_job(connection, job_id)
     if job.attempt != attempt or job.state not in {JobState.RUNNING, JobState.CANCELLING}:
@@ -561,9 +774,9 @@ def _transition(
     if target not in LEGAL_TRANSITIONS[job.state]:
         raise AssertionError(f"{job.state} -> {target} is no legal transition")
     details = None if error is None else error.to_dict()
-    values: dict[str, Any] = {"state": target.value}
+    values: dict[str, Any] = {"state": target.value, "pause_requested": False}
     if target.is_terminal:
-        values |= {"end_time": utc_now(), "lease_expires": None, "error": details and json.dumps(details)}
+        values |= {"end_time": utc_now(), "error": details and json.dumps(details)}
     connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(values))
     _append(connection, job.id, [StateChange(state=target, attempt=job.attempt, message=message, error=details)])
 
@@ -602,6 +815,8 @@ def _to_job(row: sa.Row[Any]) -> Job:
         creator=row.creator,
         tracker_run=_parsed(TrackerRun, row.tracker_run),
         last_sequence=row.last_sequence,
+        pause_requested=row.pause_requested,
+        checkpoint_step=row.checkpoint_step,
     )
 
 

@@ -1,8 +1,8 @@
 """Runs one attempt of one job in its own process: `python -m knowledge_engine.worker JOB ATTEMPT`.
 
 It writes to the store itself, and every write carries the attempt number, so an attempt that was declared dead is
-refused and ends. It also ends when its lease could not be renewed for that lease's length, or when no server has been
-alive for the orphan's grace. Killing it is always safe.
+refused and ends. While the store cannot be written to, the work goes on and its events wait here; it ends when that, or
+the absence of any server, outlasts the orphan's grace. Killing it is always safe.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import psutil
+from typing import TypeVar
 
 from knowledge_engine.core import (
+    Checkpoint,
+    EventPayload,
     GenerationResult,
     Job,
     JobKind,
@@ -31,34 +32,45 @@ from knowledge_engine.core import (
     LogLine,
     Progress,
     Service,
+    StopReason,
     TrackerRun,
     TrainingResult,
 )
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import ConflictError, CredentialsError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.failpoints import failpoint
 from knowledge_engine.generation import journal
-from knowledge_engine.jobs import server_is_alive, work_dir
+from knowledge_engine.jobs import process_identity, server_is_alive, work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings, load_settings
-from knowledge_engine.state import State
+from knowledge_engine.state import Orders, State
 from knowledge_engine.training.publishing import drop_kept
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
+_STORE_PATIENCE_SECONDS = 2.0
+
+_Answer = TypeVar("_Answer")
 
 
 class Attempt:
-    """The `JobContext` of this process; a thread beside the work keeps the lease and looks for reasons to stop."""
+    """The `JobContext` of this process; a thread beside the work gives signs of life, delivers events that had to
+    wait, and looks for reasons to stop."""
 
     def __init__(self, settings: Settings, state: State, job: Job) -> None:
         self.job = job
         self.work_dir: Path = work_dir(settings, job.id)
         self._settings = settings
         self._state = state
-        self._stop_reason: str | None = None
+        self._stop_reason: StopReason | None = None
         self._at_end: list[Callable[[JobState | None], None]] = []
+        self._waiting: list[EventPayload] = []
+        self._speaking = threading.Lock()
+        self._delivering = threading.Lock()
+        self._heard = time.monotonic()
+        """When the store last took a write."""
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._keep_lease, daemon=True, name="lease")
+        self._thread = threading.Thread(target=self._live, daemon=True, name="lease")
 
     def __enter__(self) -> Attempt:
         self._thread.start()
@@ -68,28 +80,35 @@ class Attempt:
         self._done.set()
         self._thread.join()
 
-    def stop(self, reason: str) -> None:
-        """Lets the next `check` raise; the first reason counts."""
-        self._stop_reason = self._stop_reason or reason
+    def stop(self, reason: StopReason) -> None:
+        """Lets the next `check` raise. An attempt that was to stop and go on later may still be cancelled."""
+        if self._stop_reason in {None, StopReason.PAUSED, StopReason.INTERRUPTED}:
+            self._stop_reason = reason
 
     def check(self) -> None:
         if self._stop_reason is not None:
             raise JobStopped(self._stop_reason)
 
     def report(self, progress: Progress) -> None:
-        self._state.append_events(self.job.id, self.job.attempt, [progress])
+        self._say(progress)
 
     def log(self, message: str) -> None:
-        self._state.append_events(self.job.id, self.job.attempt, [LogLine(message=message)])
+        self._say(LogLine(message=message))
 
     def warn(self, reason: str, message: str) -> None:
-        self._state.append_events(self.job.id, self.job.attempt, [JobWarning(reason=reason, message=message)])
+        self._say(JobWarning(reason=reason, message=message))
+
+    def checkpointed(self, step: int, size_bytes: int) -> None:
+        self._say(Checkpoint(step=step, size_bytes=size_bytes))
 
     def observe(self, service: Service, trouble: str | None) -> None:
-        self._state.observe_service(service, trouble)
+        try:
+            self._state.observe_service(service, trouble)
+        except UpstreamError as error:
+            _LOG.warning("how %s does could not be written down: %s", service, error.message)
 
     def track(self, run: TrackerRun) -> None:
-        self._state.set_tracker_run(self.job.id, self.job.attempt, run)
+        self.insist(lambda: self._state.set_tracker_run(self.job.id, self.job.attempt, run))
 
     def at_end(self, call: Callable[[JobState | None], None]) -> None:
         self._at_end.append(call)
@@ -98,37 +117,96 @@ class Attempt:
         for call in self._at_end:
             call(state)
 
-    def _keep_lease(self) -> None:
-        lease = self._settings.lease_seconds
-        pid, started = os.getpid(), psutil.Process().create_time()
-        renewed = served = time.monotonic()
-        next_renewal = 0.0
+    def insist(self, write: Callable[[], _Answer]) -> _Answer:
+        """The answer of a write, which waits for a store that cannot take it now.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED.
+        """
+        while True:
+            try:
+                self._deliver()
+                return write()
+            except UpstreamError as error:
+                _LOG.warning("the store is asked again: %s", error.message)
+                if time.monotonic() - self._heard > self._settings.orphan_grace_seconds:
+                    self._give_up("the store took no write")
+                time.sleep(_POLL_SECONDS)
+
+    def _say(self, payload: EventPayload) -> None:
+        """Adds an event; one that cannot be stored now waits for those before it."""
+        with self._speaking:
+            was_silent = bool(self._waiting)
+            self._waiting.append(payload)
+        if not was_silent:
+            try:
+                self._deliver()
+            except UpstreamError as error:
+                _LOG.warning("events wait for the store: %s", error.message)
+
+    def _deliver(self) -> None:
+        """Stores what waits, in order.
+
+        Raises:
+            UpstreamError: STATE_UNAVAILABLE; it goes on waiting.
+            ConflictError: ATTEMPT_SUPERSEDED.
+        """
+        with self._delivering:
+            with self._speaking:
+                payloads = list(self._waiting)
+            if payloads:
+                self._state.append_events(self.job.id, self.job.attempt, payloads)
+                self._heard = time.monotonic()
+            with self._speaking:
+                del self._waiting[: len(payloads)]
+
+    def _live(self) -> None:
+        served = time.monotonic()
+        next_beat = 0.0
         while not self._done.is_set():
             now = time.monotonic()
             try:
-                if now >= next_renewal:
-                    state = self._state.renew_lease(self.job.id, self.job.attempt, lease, pid, started)
-                    renewed, next_renewal = now, now + lease / 3
+                self._deliver()
+                if now >= next_beat:
+                    orders = self._beat()
+                    next_beat = now + self._settings.lease_seconds / 3
                 else:
-                    state = self._state.attempt_state(self.job.id, self.job.attempt)
-                if state is JobState.CANCELLING:
-                    self.stop("cancelled")
+                    orders = self._state.orders(self.job.id, self.job.attempt)
+                self._obey(orders)
             except ConflictError:
-                self.stop("superseded")
+                self.stop(StopReason.SUPERSEDED)
             except KnowledgeEngineError as error:
-                _LOG.warning("the lease could not be renewed: %s", error.message)
-                if now - renewed > lease:
-                    self._give_up("the lease could not be renewed")
+                _LOG.warning("no sign of life could be given: %s", error.message)
+                if now - self._heard > self._settings.orphan_grace_seconds:
+                    self._give_up("the store took no write")
             if server_is_alive(self._settings):
                 served = now
             elif now - served > self._settings.orphan_grace_seconds:
                 self._give_up("no server is alive")
             self._done.wait(_POLL_SECONDS)
 
+    def _beat(self) -> Orders:
+        pid = os.getpid()
+        orders = self._state.beat(self.job.id, self.job.attempt, pid, process_identity(pid) or "")
+        self._heard = time.monotonic()
+        return orders
+
+    def _obey(self, orders: Orders) -> None:
+        if orders.state is JobState.CANCELLING:
+            self.stop(StopReason.CANCELLED)
+        elif orders.pause_requested and self._stop_reason is None:
+            self.stop(StopReason.PAUSED)
+        elif not orders.pause_requested and self._stop_reason is StopReason.PAUSED:
+            self._stop_reason = None  # somebody thought better of it before the work noticed
+
     def _give_up(self, why: str) -> None:
         """Ends the process at once: nobody would hear of its work, and a later attempt will redo it."""
         _LOG.error("giving up: %s", why)
         os._exit(3)
+
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a job's checkpoints, in its work folder."""
 
 
 def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
@@ -148,10 +226,20 @@ def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
 def run_attempt(settings: Settings, state: State, job: Job) -> None:
     """Runs the attempt and ends it; raises nothing that belongs to the job."""
     attempt = Attempt(settings, state, job)
-    signal.signal(signal.SIGTERM, lambda *_: attempt.stop("interrupted"))
-    with attempt:
-        outcome = _work(attempt, settings, state)
-    end_attempt(attempt, outcome, settings, state)
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+        attempt.stop(StopReason.INTERRUPTED)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    left_as: JobState | None = None
+    try:
+        with attempt:
+            left_as = end_attempt(attempt, _work(attempt, settings, state), settings, state)
+    finally:
+        # Last of all: it may take a while, which no watcher of the job needs to wait for, and a server that stops may
+        # kill us in it without harm to the job.
+        attempt.tell_end(left_as)
 
 
 def _work(attempt: Attempt, settings: Settings, state: State) -> JobResult | KnowledgeEngineError | JobStopped:
@@ -160,7 +248,7 @@ def _work(attempt: Attempt, settings: Settings, state: State) -> JobResult | Kno
     except JobStopped as stop:
         return stop
     except ConflictError:
-        return JobStopped("superseded")
+        return JobStopped(StopReason.SUPERSEDED)
     except KnowledgeEngineError as error:
         _LOG.exception("the job failed")
         return error
@@ -177,35 +265,39 @@ def _work(attempt: Attempt, settings: Settings, state: State) -> JobResult | Kno
 
 def end_attempt(
     attempt: Attempt, outcome: JobResult | KnowledgeEngineError | JobStopped, settings: Settings, state: State
-) -> None:
-    """Writes down how the attempt ended and clears up after it.
-
-    What waits for the end is told last, with what the store decided: it may take a while, which no watcher of the job
-    needs to wait for, and a server that stops may kill us in it without harm to the job.
+) -> JobState | None:
+    """Writes down how the attempt ended and clears up after it; the state in which it leaves its job, None where
+    another attempt has it.
 
     Raises:
         ConflictError: ATTEMPT_SUPERSEDED.
     """
-    left_as: JobState | None = None
-    try:
-        left_as = _decide(attempt.job, outcome, state)
-        if left_as is JobState.CANCELLED and not isinstance(outcome, JobStopped):
-            _undo(outcome, settings, state)
-        _clean_up(settings, state, attempt.job)
-    finally:
-        attempt.tell_end(left_as)
+    failpoint("finish.before")
+    left_as = attempt.insist(lambda: _decide(attempt.job, outcome, state))
+    failpoint("finish.done")
+    if left_as is None:
+        return None
+    if left_as is JobState.CANCELLED and not isinstance(outcome, JobStopped):
+        _undo(outcome, settings, state)
+    clean_up(settings, attempt.job.model_copy(update={"state": left_as}))
+    return left_as
 
 
 def _decide(job: Job, outcome: JobResult | KnowledgeEngineError | JobStopped, state: State) -> JobState | None:
-    """The state in which the attempt leaves its job; None where another attempt has it."""
     if not isinstance(outcome, JobStopped):
         return state.finish_attempt(job.id, job.attempt, outcome).state
-    match str(outcome):
-        case "superseded":
+    match outcome.reason:
+        case StopReason.SUPERSEDED:
             return None
-        case "interrupted":
-            return state.abandon_attempt(job.id, job.attempt, "interrupted: the service was stopped", None).state
-    return state.finish_attempt(job.id, job.attempt, KnowledgeEngineError("cancelled")).state
+        case StopReason.CANCELLED:
+            return state.finish_attempt(job.id, job.attempt, KnowledgeEngineError("cancelled")).state
+        case StopReason.INTERRUPTED:
+            message = "interrupted: its worker was asked to end"
+        case StopReason.PAUSED:
+            message = "paused on request"
+        case StopReason.RETRY:
+            message = outcome.message
+    return state.abandon_attempt(job.id, job.attempt, message).state
 
 
 def _undo(outcome: JobResult | KnowledgeEngineError, settings: Settings, state: State) -> None:
@@ -220,19 +312,20 @@ def _undo(outcome: JobResult | KnowledgeEngineError, settings: Settings, state: 
             Datasets(settings.data_dir / "datasets", state).delete(outcome.dataset)
 
 
-def _clean_up(settings: Settings, state: State, job: Job) -> None:
-    """Takes the job's scratch away once it has ended; the workers' logs stay."""
-    ended, folder = state.get_job(job.id), work_dir(settings, job.id)
-    if ended.state.is_terminal or ended.attempt == job.attempt:  # else another attempt is at work there
-        Registry.open(settings).discard_stage(job.id)
-    if ended.state in {JobState.SUCCEEDED, JobState.CANCELLED}:
+def clean_up(settings: Settings, job: Job) -> None:
+    """Takes away what the job's attempts have left and nobody needs in the state that it is in. The workers' logs stay,
+    and so does what a job goes on from, or somebody may want to after it has failed."""
+    Registry.open(settings).discard_stage(job.id)
+    folder = work_dir(settings, job.id)
+    if job.state in {JobState.SUCCEEDED, JobState.CANCELLED}:
         drop_kept(settings, job.id)
         (folder / journal.REPLIES).unlink(missing_ok=True)
-    if ended.state is JobState.FAILED:
-        journal.leave(settings, ended, folder)
-    if ended.state.is_terminal:
+    if job.state is JobState.FAILED:
+        journal.leave(settings, job, folder)
+    if job.state.is_terminal and folder.is_dir():
+        spared = {"tracking"} | ({CHECKPOINTS} if job.state is JobState.FAILED else set())
         for path in folder.iterdir():
-            if path.is_dir() and path.name != "tracking":
+            if path.is_dir() and path.name not in spared:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -242,9 +335,9 @@ def main() -> None:
     os.umask(0o077)
     job_id, attempt_number = sys.argv[1], int(sys.argv[2])
     settings = load_settings(env_file=None)
-    state = State.open(settings.state_url, migrate=False)
+    state = State.open(settings.state_url, migrate=False, busy_timeout_seconds=_STORE_PATIENCE_SECONDS)
     job = state.get_job(job_id)
-    if job.attempt != attempt_number or job.state.is_terminal:
+    if job.attempt != attempt_number or job.state not in {JobState.RUNNING, JobState.CANCELLING}:
         raise SystemExit(f"attempt {attempt_number} of job {job_id} is over")
     try:
         run_attempt(settings, state, job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ from knowledge_engine.v1 import (
     models_pb2,
     models_pb2_grpc,
 )
+from knowledge_engine.worker import clean_up
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ SERVICES = (
 )
 
 _LAST_SECONDS = 3.0
+_STORE_PATIENCE_SECONDS = 1.5
+"""A caller hears within two seconds that the store does not answer."""
 _OPTIONS = (
     # A second server on the same port must fail, not share it.
     ("grpc.so_reuseport", 0),
@@ -135,12 +139,12 @@ async def start_server(settings: Settings) -> RunningServer:
     """
     check_bases(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state = await asyncio.to_thread(State.open, settings.state_url)
+    state = await asyncio.to_thread(State.open, settings.state_url, busy_timeout_seconds=_STORE_PATIENCE_SECONDS)
     await asyncio.to_thread(sweep_kept, settings)
     registry = Registry.open(settings)
     datasets = Datasets(settings.data_dir / "datasets", state)
     engine = EngineClient(socket_path(settings))
-    jobs = Jobs(settings, state, registry.discard_stage)
+    jobs = Jobs(settings, state, functools.partial(clean_up, settings))
     texts = Texts(settings)
     server = grpc.aio.server(interceptors=[Guard(settings.keys)], options=_OPTIONS)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(settings, jobs, state, datasets, texts), server)

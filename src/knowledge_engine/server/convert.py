@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import math
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from knowledge_engine import core, errors
 from knowledge_engine.errors import InvalidSpecError, Reason, Violation
 from knowledge_engine.server.status import to_status
+from knowledge_engine.state import Request
 from knowledge_engine.v1 import (
     datasets_pb2,
     generation_pb2,
@@ -29,6 +31,7 @@ from knowledge_engine.v1 import (
 _S = TypeVar("_S", bound=BaseModel)
 
 DEFAULT_PAGE_SIZE = 50
+MAX_REQUEST_ID_LENGTH = 255
 MAX_PAGE_SIZE = 1000
 
 _LR_SCHEDULERS = {
@@ -92,6 +95,20 @@ def generation_spec(proto: generation_pb2.GenerationSpec) -> core.GenerationSpec
     if proto.provider:
         values["provider"] = _enum(_PROVIDERS, proto.provider, "spec.provider")
     return _validated(core.GenerationSpec, values, "spec")
+
+
+def request(request_id: str, spec: core.JobSpec) -> Request | None:
+    """What makes a create call safe to repeat; None where the caller has given no id.
+
+    Raises:
+        InvalidSpecError: an id of another shape.
+    """
+    if not request_id:
+        return None
+    if len(request_id) > MAX_REQUEST_ID_LENGTH or not request_id.isascii() or not request_id.isprintable():
+        raise _invalid("request_id", f"must be 1 to {MAX_REQUEST_ID_LENGTH} printable ASCII characters")
+    asked = f"{type(spec).__name__} {spec.model_dump_json()}"
+    return Request(request_id, hashlib.sha256(asked.encode()).hexdigest())
 
 
 def generation_input(proto: inference_pb2.GenerationInput) -> core.GenerationInput:
@@ -223,6 +240,9 @@ def job(job: core.Job) -> jobs_pb2.Job:
         attempt=job.attempt,
         creator=job.creator,
         last_sequence=job.last_sequence,
+        pause_requested=job.pause_requested,
+        queue_position=job.queue_position,
+        checkpoint_step=job.checkpoint_step,
     )
     if isinstance(job.spec, core.TrainingSpec):
         proto.training.CopyFrom(training_spec_proto(job.spec))
@@ -255,6 +275,10 @@ def job_event(event: core.JobEvent) -> jobs_pb2.JobEvent:
             )
         case core.Progress() as progress:
             proto.progress.CopyFrom(_progress(progress))
+        case core.Checkpoint() as checkpoint:
+            proto.checkpoint.CopyFrom(
+                jobs_pb2.JobEvent.Checkpoint(step=checkpoint.step, size_bytes=checkpoint.size_bytes)
+            )
         case core.LogLine() as line:
             proto.log.message = line.message
         case core.JobWarning() as warning:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
@@ -42,6 +42,7 @@ DEFAULT_MAX_TOKENS = 500
 _REGISTRY_THREADS = 32
 _FETCH_THREADS = 16
 _Answer = TypeVar("_Answer")
+_Spec = TypeVar("_Spec", core.TrainingSpec, core.GenerationSpec)
 
 
 class Texts:
@@ -69,6 +70,13 @@ def _require_torch() -> None:
         )
 
 
+class _Accepted(NamedTuple):
+    """A spec that may be stored, and the memory its worker is expected to take, None where that is not known."""
+
+    spec: core.JobSpec
+    memory_bytes: int | None = None
+
+
 class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     def __init__(self, settings: Settings, jobs: Jobs, state: State, datasets: Datasets, texts: Texts) -> None:
         self._settings = settings
@@ -80,18 +88,24 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     async def CreateTrainingJob(  # noqa: N802
         self, request: jobs_pb2.CreateTrainingJobRequest, context: Any
     ) -> jobs_pb2.CreateTrainingJobResponse:
-        _require_torch()
         spec = convert.training_spec(request.spec)
-        await asyncio.to_thread(self._check_training, spec)
-        job = await self._jobs.submit(spec, CALLER.get())
+        job = await self._create(spec, request.request_id, self._checked)
         return jobs_pb2.CreateTrainingJobResponse(job=convert.job(job))
 
     async def CreateGenerationJob(  # noqa: N802
         self, request: jobs_pb2.CreateGenerationJobRequest, context: Any
     ) -> jobs_pb2.CreateGenerationJobResponse:
-        spec = await asyncio.to_thread(self._completed, convert.generation_spec(request.spec))
-        job = await self._jobs.submit(spec, CALLER.get())
+        spec = convert.generation_spec(request.spec)
+        job = await self._create(spec, request.request_id, self._completed)
         return jobs_pb2.CreateGenerationJobResponse(job=convert.job(job))
+
+    async def _create(self, asked: _Spec, request_id: str, check: Callable[[_Spec], _Accepted]) -> core.Job:
+        """The job of this request: the one it has made before, else a new one, once `check` has let it pass."""
+        caller, request = CALLER.get(), convert.request(request_id, asked)
+        if request is not None and (known := await asyncio.to_thread(self._state.find_request, caller, request)):
+            return known
+        accepted = await asyncio.to_thread(check, asked)
+        return await self._jobs.submit(accepted.spec, caller, request, accepted.memory_bytes)
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Any) -> jobs_pb2.GetJobResponse:  # noqa: N802
         job = await self._jobs.get(convert.parse_name(request.name, "jobs"))
@@ -108,6 +122,18 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         job = await self._jobs.cancel(convert.parse_name(request.name, "jobs"))
         return jobs_pb2.CancelJobResponse(job=convert.job(job))
 
+    async def PauseJob(  # noqa: N802
+        self, request: jobs_pb2.PauseJobRequest, context: Any
+    ) -> jobs_pb2.PauseJobResponse:
+        job = await self._jobs.pause(convert.parse_name(request.name, "jobs"))
+        return jobs_pb2.PauseJobResponse(job=convert.job(job))
+
+    async def ResumeJob(  # noqa: N802
+        self, request: jobs_pb2.ResumeJobRequest, context: Any
+    ) -> jobs_pb2.ResumeJobResponse:
+        job = await self._jobs.resume(convert.parse_name(request.name, "jobs"))
+        return jobs_pb2.ResumeJobResponse(job=convert.job(job))
+
     async def WatchJob(  # noqa: N802
         self, request: jobs_pb2.WatchJobRequest, context: Any
     ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
@@ -118,8 +144,9 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             async for event in events:
                 yield jobs_pb2.WatchJobResponse(event=convert.job_event(event))
 
-    def _check_training(self, spec: core.TrainingSpec) -> None:
+    def _checked(self, spec: core.TrainingSpec) -> _Accepted:
         """Refuses before anything is stored what could only fail later."""
+        _require_torch()
         dataset = self._datasets.get(spec.dataset)
         if dataset.kind is not core.DatasetKind.CONVERSATIONS:
             raise _wrong_kind("spec.dataset", dataset, core.DatasetKind.CONVERSATIONS)
@@ -128,10 +155,11 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         try:
             base, text = self._texts.get(spec.base_model)
         except UpstreamError:
-            return  # not prepared yet: the worker prepares it and checks the same
+            return _Accepted(spec)  # not prepared yet: the worker prepares it and checks the same
         encode_conversations(self._datasets.conversations(spec.dataset), text, base.max_length(spec.max_length))
+        return _Accepted(spec)
 
-    def _completed(self, spec: core.GenerationSpec) -> core.GenerationSpec:
+    def _completed(self, spec: core.GenerationSpec) -> _Accepted:
         """The spec with its catalogue, dataset and provider named, all checked."""
         provider = require_provider(self._settings, spec.provider)
         if spec.catalogue:
@@ -144,7 +172,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         if spec.dataset:
             self._datasets.require_free(spec.dataset)
         name = spec.dataset or f"conversations-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-        return spec.model_copy(update={"catalogue": catalogue.name, "dataset": name, "provider": provider})
+        return _Accepted(spec.model_copy(update={"catalogue": catalogue.name, "dataset": name, "provider": provider}))
 
 
 class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):

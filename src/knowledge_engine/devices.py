@@ -1,10 +1,26 @@
-"""The devices of this machine, read through NVML. No torch; the only user of pynvml."""
+"""The devices of this machine: which there are, and how much memory of one the service may use.
+
+No torch; the only user of pynvml.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from knowledge_engine.settings import Settings
+
+CPU, CUDA = "cpu", "cuda"
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_OF_THIS_PROCESS = Path("/proc/self/cgroup")
 
 
 def has_cuda_device() -> bool:
@@ -13,6 +29,89 @@ def has_cuda_device() -> bool:
     if visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles"):
         return False
     return _count_devices() > 0 and _torch_has_cuda()
+
+
+def default_device() -> str:
+    """The device that engine and trainings use: `cuda` where torch would find one, else `cpu`."""
+    return CUDA if has_cuda_device() else CPU
+
+
+def total_memory(settings: Settings) -> int:
+    """Bytes of the default device that the service may use, whoever holds them now."""
+    total = _cuda_memory() if default_device() == CUDA else _host_memory()
+    return min(total, settings.memory_limit_bytes or total)
+
+
+def has_bfloat16() -> bool:
+    """Whether the CUDA device computes in bfloat16: compute capability 8.0, Ampere, and newer."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(_first_device())
+        return int(major) >= 8
+    finally:
+        pynvml.nvmlShutdown()
+
+
+@functools.cache
+def _cuda_memory() -> int:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(_first_device()).total)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _first_device() -> object:
+    """The one that torch calls `cuda`."""
+    import pynvml
+
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if first.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(first))
+    return pynvml.nvmlDeviceGetHandleByUUID(first)
+
+
+def _host_memory() -> int:
+    """What the machine has, or less where a container's limit says so."""
+    return min([psutil.virtual_memory().total, *cgroup_limits(_CGROUPS, _CGROUP_OF_THIS_PROCESS)])
+
+
+def cgroup_limits(root: Path, membership: Path) -> Iterator[int]:
+    """Bytes of every memory limit that binds this process: those of its groups and of all groups above, v2 and v1.
+
+    `root` is where the hierarchies are mounted, `membership` the process's `/proc/PID/cgroup`. Inside a container the
+    paths named there may not exist; its own limit then stands at the root.
+    """
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return  # no cgroups here
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            folder, file = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            folder, file = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = folder / path.lstrip("/")
+        for level in (group, *group.parents):
+            if not level.is_relative_to(folder):
+                break
+            if (limit := _read_limit(level / file)) is not None:
+                yield limit
+
+
+def _read_limit(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None  # "max" is none
 
 
 @functools.cache

@@ -1,0 +1,48 @@
+"""What a training will go through: its steps, its batches, and their sizes. Known before anything loads; no torch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+from knowledge_engine.core import TrainingSpec
+
+DEFAULT_EPOCHS = 3.0
+EVALUATION_BATCH_SIZE = 4
+CHUNK_POSITIONS = 512
+"""Logits of so many positions exist at a time: 100 MB with a vocabulary of 49,152."""
+
+_POOL_BATCHES = 64
+"""Examples are sorted by length within pools of so many batches: little padding, yet other neighbours every epoch."""
+
+
+def count_steps(spec: TrainingSpec, num_examples: int) -> tuple[int, int]:
+    """Optimizer steps of the run, and of one epoch."""
+    num_batches = math.ceil(num_examples / spec.per_device_train_batch_size)
+    per_epoch = math.ceil(num_batches / spec.gradient_accumulation_steps)
+    epochs = DEFAULT_EPOCHS if spec.num_train_epochs is None else spec.num_train_epochs
+    return spec.max_steps or math.ceil(epochs * per_epoch), per_epoch
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every index once, in batches of similar lengths and random order; the same seed and epoch give the same plan."""
+    chance = random.Random(f"{seed} {epoch}")  # noqa: S311
+    order = list(range(len(lengths)))
+    chance.shuffle(order)
+    batches: list[list[int]] = []
+    pool = batch_size * _POOL_BATCHES
+    for start in range(0, len(order), pool):
+        similar = sorted(order[start : start + pool], key=lambda index: lengths[index])
+        batches += [similar[first : first + batch_size] for first in range(0, len(similar), batch_size)]
+    chance.shuffle(batches)
+    return batches
+
+
+def plan_windows(lengths: Sequence[int], spec: TrainingSpec) -> Iterator[list[list[int]]]:
+    """The batches of one optimizer step after the other, without end; an epoch's last step may have fewer."""
+    for epoch in count():
+        plan = plan_batches(lengths, spec.per_device_train_batch_size, spec.seed, epoch)
+        for first in range(0, len(plan), spec.gradient_accumulation_steps):
+            yield plan[first : first + spec.gradient_accumulation_steps]

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import pytest
 from pydantic import SecretStr
 
-from knowledge_engine.core import Job, JobKind, JobState, JobStopped, Service, TrainingSpec, utc_now
+from knowledge_engine.core import Job, JobKind, JobState, JobStopped, Service, StopReason, TrainingSpec, utc_now
 from knowledge_engine.errors import ConflictError, CredentialsError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
@@ -378,10 +378,10 @@ def test_a_run_that_is_cut_off_is_whole_in_the_jobs_folder(tmp_path: Path, end: 
     [
         (KnowledgeEngineError("it broke"), False, JobState.FAILED),
         (KnowledgeEngineError("it broke"), True, JobState.CANCELLED),
-        (JobStopped("interrupted"), False, JobState.QUEUED),
-        (JobStopped("interrupted"), True, JobState.CANCELLED),
-        (JobStopped("cancelled"), True, JobState.CANCELLED),
-        (JobStopped("superseded"), False, None),
+        (JobStopped(StopReason.INTERRUPTED), False, JobState.QUEUED),
+        (JobStopped(StopReason.INTERRUPTED), True, JobState.CANCELLED),
+        (JobStopped(StopReason.CANCELLED), True, JobState.CANCELLED),
+        (JobStopped(StopReason.SUPERSEDED), False, None),
     ],
     ids=str,
 )
@@ -400,7 +400,7 @@ def test_what_is_told_at_an_attempts_end_is_what_the_store_decided(
     attempt.at_end(lambda left_as: heard.append((left_as, state.get_job(job.id).state)))
     if is_cancelled:
         state.request_cancel(job.id)
-    end_attempt(attempt, outcome, settings, state)
+    attempt.tell_end(end_attempt(attempt, outcome, settings, state))
     assert heard == [(told, told or JobState.RUNNING)]
     state.close()
 
@@ -416,12 +416,9 @@ def test_an_attempt_that_comes_too_late_leaves_the_next_one_alone(tmp_path: Path
     state.abandon_attempt(first.id, first.attempt, "given up")
     assert state.claim_job([JobKind.TRAINING])
     staged = Registry.open(settings).stage(first.id)
-    heard: list[JobState | None] = []
-    attempt.at_end(heard.append)
-    end_attempt(attempt, JobStopped("superseded"), settings, state)
+    assert end_attempt(attempt, JobStopped(StopReason.SUPERSEDED), settings, state) is None
     with pytest.raises(ConflictError):
         end_attempt(attempt, KnowledgeEngineError("it broke"), settings, state)
-    assert heard == [None, None]
     assert staged.is_dir()
     state.close()
 

@@ -61,6 +61,7 @@ class Jobs:
         self._pulse = _Pulse(settings.lease_seconds)
         self._lease_pulse = _Pulse(settings.lease_seconds)
         self._tails: dict[str, _Tail] = {}
+        self._chores: set[asyncio.Task[None]] = set()
         self._cancelled_at: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._stopping = False
@@ -85,6 +86,10 @@ class Jobs:
         await asyncio.gather(*(worker.interrupt(self._settings.drain_seconds) for worker in self._workers.values()))
         for tail in self._tails.values():
             tail.stop()
+        if self._chores:
+            _, late = await asyncio.wait(self._chores, timeout=self._settings.drain_seconds)
+            for chore in late:
+                chore.cancel()
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
@@ -104,7 +109,7 @@ class Jobs:
         """Cancels a waiting job at once and asks a running one to end; see `State.request_cancel`."""
         job = await asyncio.to_thread(self._state.request_cancel, job_id)
         if job.state.is_terminal:
-            await asyncio.to_thread(self._clean_up, job)
+            self._see_off(job)
         self._wake.set()
         return job
 
@@ -210,8 +215,10 @@ class Jobs:
         """False while the store cannot be told."""
         try:
             await self._bury(worker, code)
-        except ConflictError:
-            pass  # it finished by itself: the ordinary case
+        except ConflictError:  # it finished by itself: the ordinary case; but it may have died just after
+            job = await self.get(worker.job.id)
+            if code != 0 and job.state.is_terminal:
+                self._see_off(job)
         except KnowledgeEngineError as error:
             if not self._stopping:
                 return False
@@ -231,7 +238,28 @@ class Jobs:
             how += _last_words(self._settings, job)
             job = await asyncio.to_thread(self._state.bury_attempt, job.id, job.attempt, how, MAX_CRASHES, reason)
         _LOG.warning("job %s, attempt %d: %s", job.id, job.attempt, how)
-        await asyncio.to_thread(self._clean_up, job)
+        if job.state.is_terminal:
+            self._see_off(job)
+        else:
+            await asyncio.to_thread(self._clean_up, job)
+
+    def _see_off(self, job: Job) -> None:
+        """Does for a job that has ended what its worker could not do any more; nobody waits for it."""
+        chore = asyncio.create_task(self._clear_away(job))
+        self._chores.add(chore)
+        chore.add_done_callback(self._chores.discard)
+
+    async def _clear_away(self, job: Job) -> None:
+        try:
+            await asyncio.to_thread(self._clean_up, job)
+            if job.tracker_run is not None and can_train():
+                last = await _Child.start(self._settings, job)
+                try:
+                    await last.wait()
+                finally:
+                    last.kill_group()
+        except (KnowledgeEngineError, OSError):
+            _LOG.exception("something of job %s may be left", job.id)
 
     async def _sweep(self) -> None:
         """Adopts what a former server left, presses what was asked to stop, and ends what gives no sign of life."""

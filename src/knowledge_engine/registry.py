@@ -171,6 +171,14 @@ class Registry:
         if self._remote is not None:
             self._remote.withdraw(model, job_id)
 
+    def retract(self, model: str, job_id: str) -> None:
+        """Takes away whatever a job has published or brought to the bucket; nothing where there is nothing."""
+        if self._remote is not None:
+            self.sync(model)
+        if published := self._published_by(model, job_id):
+            self.delete(model, published.version)
+        self.withdraw(model, job_id)
+
     def resolve(self, model: str, version: int | None) -> ModelVersion:
         """The version asked for, or the newest one.
 

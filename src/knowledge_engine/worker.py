@@ -1,4 +1,5 @@
-"""Runs one attempt of one job in its own process: `python -m knowledge_engine.worker JOB ATTEMPT`.
+"""Runs one attempt of one job in its own process: `python -m knowledge_engine.worker JOB ATTEMPT`. For a job that has
+ended it only tells the job's tracker so.
 
 It writes to the store itself, and every write carries the attempt number, so an attempt that was declared dead is
 refused and ends. While the store cannot be written to, the work goes on and its events wait here; it ends when that, or
@@ -7,6 +8,7 @@ the absence of any server, outlasts the orphan's grace. Killing it is always saf
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -22,7 +24,7 @@ from typing import TypeVar
 from knowledge_engine.core import (
     Checkpoint,
     EventPayload,
-    GenerationResult,
+    GenerationSpec,
     Job,
     JobKind,
     JobResult,
@@ -34,10 +36,18 @@ from knowledge_engine.core import (
     Service,
     StopReason,
     TrackerRun,
-    TrainingResult,
+    TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets
-from knowledge_engine.errors import ConflictError, CredentialsError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.errors import (
+    ConflictError,
+    CredentialsError,
+    KnowledgeEngineError,
+    NotFoundError,
+    Reason,
+    StateError,
+    UpstreamError,
+)
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.generation import journal
 from knowledge_engine.jobs import process_identity, server_is_alive, work_dir
@@ -275,11 +285,8 @@ def end_attempt(
     failpoint("finish.before")
     left_as = attempt.insist(lambda: _decide(attempt.job, outcome, state))
     failpoint("finish.done")
-    if left_as is None:
-        return None
-    if left_as is JobState.CANCELLED and not isinstance(outcome, JobStopped):
-        _undo(outcome, settings, state)
-    clean_up(settings, attempt.job.model_copy(update={"state": left_as}))
+    if left_as is not None:
+        clean_up(settings, state, attempt.job.model_copy(update={"state": left_as}))
     return left_as
 
 
@@ -300,23 +307,17 @@ def _decide(job: Job, outcome: JobResult | KnowledgeEngineError | JobStopped, st
     return state.abandon_attempt(job.id, job.attempt, message).state
 
 
-def _undo(outcome: JobResult | KnowledgeEngineError, settings: Settings, state: State) -> None:
-    """A cancelled job leaves nothing behind, even one that was cancelled at its very last moment."""
-    match outcome:
-        case TrainingResult():
-            try:
-                Registry.open(settings).delete(outcome.model, outcome.version)
-            except (UpstreamError, CredentialsError) as error:
-                _LOG.error("version %d of %r stays published: %s", outcome.version, outcome.model, error.message)
-        case GenerationResult():
-            Datasets(settings.data_dir / "datasets", state).delete(outcome.dataset)
+def clean_up(settings: Settings, state: State, job: Job) -> None:
+    """Takes away what the job's attempts have left and nobody needs in the state that it is in; safe to repeat.
 
-
-def clean_up(settings: Settings, job: Job) -> None:
-    """Takes away what the job's attempts have left and nobody needs in the state that it is in. The workers' logs stay,
-    and so does what a job goes on from, or somebody may want to after it has failed."""
-    Registry.open(settings).discard_stage(job.id)
+    What was cancelled, or died, has published nothing, even if that was at its very last moment. The workers' logs
+    stay, and so does what a job goes on from, or somebody may want to after it has failed.
+    """
+    registry = Registry.open(settings)
+    registry.discard_stage(job.id)
     folder = work_dir(settings, job.id)
+    if job.attempt and (job.state is JobState.CANCELLED or _was_declared_dead(job)):
+        _retract(settings, state, registry, job)
     if job.state in {JobState.SUCCEEDED, JobState.CANCELLED}:
         drop_kept(settings, job.id)
         (folder / journal.REPLIES).unlink(missing_ok=True)
@@ -329,6 +330,35 @@ def clean_up(settings: Settings, job: Job) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _was_declared_dead(job: Job) -> bool:
+    """Whether its workers crashed so often that the server has given it up."""
+    return job.state is JobState.FAILED and job.error is not None and job.error["reason"] == Reason.WORKER_CRASHED
+
+
+def _retract(settings: Settings, state: State, registry: Registry, job: Job) -> None:
+    match job.spec:
+        case TrainingSpec(model=model):
+            try:
+                registry.retract(model, job.id)
+            except (UpstreamError, CredentialsError) as error:
+                _LOG.error("what job %s has published of %r may stay: %s", job.id, model, error.message)
+        case GenerationSpec(dataset=str(name)):
+            with contextlib.suppress(NotFoundError, StateError):
+                if state.get_dataset(name).job_id == job.id:
+                    Datasets(settings.data_dir / "datasets", state).delete(name)
+
+
+def tell_end(settings: Settings, job: Job) -> None:
+    """Tells the job's tracker how it ended, for a worker that could not."""
+    from knowledge_engine.tracking import open_tracker
+
+    def warn(reason: str, message: str) -> None:
+        _LOG.warning("%s: %s", reason, message)
+
+    tracker = open_tracker(settings, job, work_dir(settings, job.id), warn, lambda service, trouble: None)
+    tracker.finish(job.state)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every conversation
@@ -337,6 +367,9 @@ def main() -> None:
     settings = load_settings(env_file=None)
     state = State.open(settings.state_url, migrate=False, busy_timeout_seconds=_STORE_PATIENCE_SECONDS)
     job = state.get_job(job_id)
+    if job.attempt == attempt_number and job.state.is_terminal:
+        tell_end(settings, job)
+        return
     if job.attempt != attempt_number or job.state not in {JobState.RUNNING, JobState.CANCELLING}:
         raise SystemExit(f"attempt {attempt_number} of job {job_id} is over")
     try:

@@ -144,7 +144,7 @@ async def start_server(settings: Settings) -> RunningServer:
     registry = Registry.open(settings)
     datasets = Datasets(settings.data_dir / "datasets", state)
     engine = EngineClient(socket_path(settings))
-    jobs = Jobs(settings, state, functools.partial(clean_up, settings))
+    jobs = Jobs(settings, state, functools.partial(clean_up, settings, state))
     texts = Texts(settings)
     server = grpc.aio.server(interceptors=[Guard(settings.keys)], options=_OPTIONS)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(settings, jobs, state, datasets, texts), server)

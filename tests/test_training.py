@@ -42,11 +42,12 @@ from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, Example
-from knowledge_engine.training.data import collate, count_trained, plan_batches
+from knowledge_engine.training.data import collate, count_trained
 from knowledge_engine.training.job import run_training
-from knowledge_engine.training.loop import count_steps, evaluation_batches, learning_rate_at, train
+from knowledge_engine.training.loop import evaluation_batches, learning_rate_at, train
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
+from knowledge_engine.training.plan import count_steps, plan_batches
 from tests.fake_wandb import FakeWandb, Received, fake_wandb, wait_for
 from tests.tiny import CONTEXT, FAMILIES, build_tiny_adapter, build_tiny_base
 

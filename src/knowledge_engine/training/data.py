@@ -1,20 +1,16 @@
-"""From examples to batches: which examples go together, and their tensors. Knows no model and no optimizer.
+"""From examples to the tensors of a batch; which ones go together is in `plan.py`. Knows no model and no optimizer.
 
 Shapes: B examples, T tokens of the longest of them, N trained tokens of the whole batch.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from knowledge_engine.text import Example
-
-_POOL_BATCHES = 64
-"""Examples are sorted by length within pools of so many batches: little padding, yet other neighbours every epoch."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +27,6 @@ class Batch:
     targets: torch.Tensor
     num_examples: int
     num_tokens: int
-
-
-def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every index once, in batches of similar lengths and random order; the same seed and epoch give the same plan."""
-    chance = random.Random(f"{seed} {epoch}")  # noqa: S311
-    order = list(range(len(lengths)))
-    chance.shuffle(order)
-    batches: list[list[int]] = []
-    pool = batch_size * _POOL_BATCHES
-    for start in range(0, len(order), pool):
-        similar = sorted(order[start : start + pool], key=lambda index: lengths[index])
-        batches += [similar[first : first + batch_size] for first in range(0, len(similar), batch_size)]
-    chance.shuffle(batches)
-    return batches
 
 
 def collate(examples: Sequence[Example], device: str) -> Batch:

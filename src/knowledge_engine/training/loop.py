@@ -1,33 +1,41 @@
 """The training loop, top to bottom: AdamW on the adapter's weights, one optimizer step after the other.
 
 It is given a model with an adapter attached and examples already encoded; it knows nothing of where they come from or
-where the adapter goes. The loss of a step is the mean over every trained token of all its batches, so that a batch of
+where the adapter goes. What changes from step to step is what `checkpoints.py` writes down between two of them. The loss of a step is the mean over every trained token of all its batches, so that a batch of
 4 and 4 batches of 1 are the same step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 
 import psutil
 import torch
 
-from knowledge_engine.core import JobContext, LrSchedulerType, Progress, TrainingSpec
+from knowledge_engine.core import JobContext, JobStopped, LrSchedulerType, Progress, StopReason, TrainingSpec
 from knowledge_engine.errors import KnowledgeEngineError, Reason
+from knowledge_engine.failpoints import failpoint
 from knowledge_engine.modeling import PeftModel
 from knowledge_engine.text import Example
-from knowledge_engine.training.data import Batch, collate, count_trained, plan_batches
+from knowledge_engine.training.checkpoints import (
+    Boundary,
+    Checkpoints,
+    Learned,
+    Position,
+    Randomness,
+    StepResult,
+    told,
+)
+from knowledge_engine.training.data import Batch, collate, count_trained
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
-
-DEFAULT_EPOCHS = 3.0
-_EVALUATION_BATCH_SIZE = 4
+from knowledge_engine.training.plan import EVALUATION_BATCH_SIZE, count_steps, plan_windows
 
 Log = Callable[[dict[str, float], int], None]
 """Takes metrics under the Hugging Face integration's names, and the step."""
@@ -42,14 +50,6 @@ class TrainedSummary:
     num_steps: int
     num_tokens: int
     seconds: float
-
-
-def count_steps(spec: TrainingSpec, num_examples: int) -> tuple[int, int]:
-    """Optimizer steps of the run, and of one epoch."""
-    num_batches = math.ceil(num_examples / spec.per_device_train_batch_size)
-    per_epoch = math.ceil(num_batches / spec.gradient_accumulation_steps)
-    epochs = DEFAULT_EPOCHS if spec.num_train_epochs is None else spec.num_train_epochs
-    return spec.max_steps or math.ceil(epochs * per_epoch), per_epoch
 
 
 def learning_rate_at(spec: TrainingSpec, step: int, total_steps: int) -> float:
@@ -76,62 +76,126 @@ def train(
     context: JobContext,
     log: Log,
     device: str,
+    checkpoints: Checkpoints,
+    micro_batch: int | None = None,
 ) -> TrainedSummary:
-    """Trains the adapter in place.
+    """Trains the adapter in place, from the newest checkpoint on where there is one.
+
+    `micro_batch` examples of a batch are computed at once, by default all of it; the steps are the same.
 
     Raises:
         KnowledgeEngineError: NON_FINITE, naming the step.
         InvalidSpecError: BASE_MODEL_UNSUPPORTED.
-        JobStopped: from `context.check`, within one batch.
+        IntegrityError: CHECKPOINT_UNUSABLE.
+        CapacityError: DISK_FULL, for checkpoints.
+        JobStopped: from `context.check`, within one batch; one that is to go on later has left a checkpoint.
     """
     total_steps, steps_per_epoch = count_steps(spec, len(examples))
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
-    windows = _windows(examples, spec)
-    meter = _Meter(total_steps)
-    recent: deque[tuple[float, int]] = deque(maxlen=steps_per_epoch)  # summed loss and trained tokens
-    use_fused_lora(model, spec.seed)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(
+        list(weights.values()), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True
+    )
+    learned = Learned(weights, optimizer)
+    masks = use_fused_lora(model, spec.seed)
     check_head(model, collate(examples[:1], device))
+    teller = _Teller(model, held_out, spec, context, log, device, steps_per_epoch)
     model.train()
-    for step in range(1, total_steps + 1):
-        window = next(windows)
-        num_trained = sum(count_trained(example) for batch in window for example in batch)
-        step_loss = 0.0
-        for members in window:
-            context.check()
-            batch = collate(members, device)
-            loss = batch_loss(model, batch)
-            (loss / num_trained).backward()  # type: ignore[no-untyped-call]
-            step_loss += loss.item()
-            meter.count(batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, spec.max_grad_norm or math.inf).item()
-        demand_finite("the loss", step_loss, step)
-        demand_finite("the gradient norm", grad_norm, step)
-        learning_rate = learning_rate_at(spec, step - 1, total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append((step_loss, num_trained))
 
+    position = checkpoints.resume(learned, masks, device)
+    windows, order = _windows(examples, spec), hashlib.sha256()
+    for _ in range(position.step):
+        order.update(_names(next(windows)))
+    checkpoints.check_order(position, order.hexdigest())
+    boundary = Boundary(position, Randomness.capture(masks, device))
+    meter = _Meter(total_steps, position)
+    recent = deque(position.recent, maxlen=steps_per_epoch)
+    num_zeros = position.num_zeros
+    try:
+        if position.untold:
+            teller.tell(position.untold, meter)
+        for step in range(position.step + 1, total_steps + 1):
+            window = next(windows)
+            num_trained = sum(count_trained(examples[index]) for batch in window for index in batch)
+            step_loss = 0.0
+            for members in _parts(window, micro_batch):
+                context.check()
+                failpoint("training.batch")
+                batch = collate([examples[index] for index in members], device)
+                loss = batch_loss(model, batch)
+                (loss / num_trained).backward()  # type: ignore[no-untyped-call]
+                step_loss += loss.item()
+                meter.count(batch)
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), spec.max_grad_norm or math.inf).item()
+            demand_finite("the loss", step_loss, step)
+            demand_finite("the gradient norm", grad_norm, step)
+            num_zeros = num_zeros + 1 if step_loss == 0 else 0
+            _demand_movement(num_zeros, step)
+            learning_rate = learning_rate_at(spec, step - 1, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            failpoint("training.step")
+            optimizer.step()
+            optimizer.zero_grad()
+
+            order.update(_names(window))
+            recent.append((step_loss, num_trained))
+            result = StepResult(step, step_loss, num_trained, learning_rate, grad_norm)
+            position = meter.position(step, order.hexdigest(), tuple(recent), num_zeros, result)
+            boundary = Boundary(position, Randomness.capture(masks, device))
+            teller.tell(result, meter)
+            boundary = told(boundary)
+            if step == total_steps:
+                checkpoints.save(learned, boundary, may_fail=True)
+            elif not num_zeros and checkpoints.is_due(step):
+                checkpoints.save(learned, boundary)
+    except JobStopped as stop:
+        if stop.reason in {StopReason.PAUSED, StopReason.INTERRUPTED}:
+            checkpoints.save(learned, boundary, may_fail=True)
+        raise
+    losses, tokens = zip(*recent, strict=True)
+    return TrainedSummary(sum(losses) / sum(tokens), total_steps, boundary.position.num_tokens, meter.seconds)
+
+
+class _Teller:
+    """Evaluates and reports the steps that are due for it."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        held_out: Sequence[Example],
+        spec: TrainingSpec,
+        context: JobContext,
+        log: Log,
+        device: str,
+        steps_per_epoch: int,
+    ) -> None:
+        self._model = model
+        self._held_out = held_out
+        self._spec = spec
+        self._context = context
+        self._log = log
+        self._device = device
+        self._steps_per_epoch = steps_per_epoch
+
+    def tell(self, result: StepResult, meter: _Meter) -> None:
+        spec, step = self._spec, result.step
         eval_loss = None
         if spec.eval_steps and step % spec.eval_steps == 0:
             with meter.paused():
-                eval_loss, _ = mean_loss(model, evaluation_batches(held_out, device), context.check)
-            log({"eval/loss": eval_loss, "train/global_step": step}, step)
-        if step % spec.logging_steps == 0 or step == total_steps or eval_loss is not None:
-            progress = meter.progress(step, step / steps_per_epoch).model_copy(
+                batches = evaluation_batches(self._held_out, self._device)
+                eval_loss, _ = mean_loss(self._model, batches, self._context.check)
+            self._log({"eval/loss": eval_loss, "train/global_step": step}, step)
+        if step % spec.logging_steps == 0 or step == meter.total_steps or eval_loss is not None:
+            progress = meter.progress(step, step / self._steps_per_epoch).model_copy(
                 update={
-                    "loss": step_loss / num_trained,
+                    "loss": result.loss / result.num_trained,
                     "eval_loss": eval_loss,
-                    "learning_rate": learning_rate,
-                    "grad_norm": grad_norm,
+                    "learning_rate": result.learning_rate,
+                    "grad_norm": result.grad_norm,
                 }
             )
-            context.report(progress)
-            log(_metrics(progress), step)
-    losses, tokens = zip(*recent, strict=True)
-    return TrainedSummary(sum(losses) / sum(tokens), total_steps, meter.num_tokens, meter.seconds)
+            self._context.report(progress)
+            self._log(_metrics(progress), step)
 
 
 def demand_finite(quantity: str, value: float, step: int) -> None:
@@ -146,21 +210,47 @@ def demand_finite(quantity: str, value: float, step: int) -> None:
         )
 
 
+def _demand_movement(num_zeros: int, step: int) -> None:
+    """Raises KnowledgeEngineError: NON_FINITE, for a loss of exactly 0 in several steps on end."""
+    if num_zeros >= _MAX_ZEROS:
+        raise KnowledgeEngineError(
+            f"the loss is stuck at 0: {num_zeros} steps in a row, up to step {step}; the numbers have broken down, and a "
+            "lower learning_rate usually helps",
+            reason=Reason.NON_FINITE,
+            quantity="the loss",
+            value=0,
+            step=step,
+        )
+
+
 def evaluation_batches(held_out: Sequence[Example], device: str) -> Iterator[Batch]:
     """All held-out examples, in batches of similar lengths."""
     ordered = sorted(held_out, key=lambda example: len(example.input_ids))
-    for first in range(0, len(ordered), _EVALUATION_BATCH_SIZE):
-        yield collate(ordered[first : first + _EVALUATION_BATCH_SIZE], device)
+    for first in range(0, len(ordered), EVALUATION_BATCH_SIZE):
+        yield collate(ordered[first : first + EVALUATION_BATCH_SIZE], device)
 
 
-def _windows(examples: Sequence[Example], spec: TrainingSpec) -> Iterator[list[list[Example]]]:
-    """The batches of one optimizer step after the other, without end; an epoch's last step may have fewer."""
+def _windows(examples: Sequence[Example], spec: TrainingSpec) -> Iterator[list[list[int]]]:
+    """The batches of one optimizer step after the other, without end, as indices of examples; an epoch's last step may
+    have fewer."""
     lengths = [len(example.input_ids) for example in examples]
     for epoch in count():
         plan = plan_batches(lengths, spec.per_device_train_batch_size, spec.seed, epoch)
         for first in range(0, len(plan), spec.gradient_accumulation_steps):
-            window = plan[first : first + spec.gradient_accumulation_steps]
-            yield [[examples[index] for index in members] for members in window]
+            yield plan[first : first + spec.gradient_accumulation_steps]
+
+
+def _parts(window: list[list[int]], micro_batch: int | None) -> Iterator[list[int]]:
+    """The batches of a step, cut into what is computed at once."""
+    for members in window:
+        size = micro_batch or len(members)
+        for first in range(0, len(members), size):
+            yield members[first : first + size]
+
+
+def _names(window: list[list[int]]) -> bytes:
+    """A step's examples, for the digest of the data order."""
+    return f"{window}\n".encode()
 
 
 def _metrics(progress: Progress) -> dict[str, float]:
@@ -179,23 +269,30 @@ def _metrics(progress: Progress) -> dict[str, float]:
 class _Meter:
     """Counts what went through and how long it took, in all and since the last report."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total_steps = total_steps
+    def __init__(self, total_steps: int, start: Position) -> None:
+        self.total_steps = total_steps
         self._process = psutil.Process()
         self._started = self._reported = time.perf_counter()
         self._paused_seconds = 0.0
-        self._num_examples = 0
-        self.num_tokens = 0
-        self._last = (0, 0)
+        self._seconds_before = start.seconds
+        self._num_examples = start.num_examples
+        self._num_tokens = start.num_tokens
+        self._last = (self._num_examples, self._num_tokens)
 
     @property
     def seconds(self) -> float:
-        """Since the start, pauses left out."""
-        return time.perf_counter() - self._started - self._paused_seconds
+        """Over all attempts, pauses left out."""
+        return self._seconds_before + time.perf_counter() - self._started - self._paused_seconds
 
     def count(self, batch: Batch) -> None:
         self._num_examples += batch.num_examples
-        self.num_tokens += batch.num_tokens
+        self._num_tokens += batch.num_tokens
+
+    def position(
+        self, step: int, order: str, recent: tuple[tuple[float, int], ...], num_zeros: int, untold: StepResult
+    ) -> Position:
+        """Where the training stands now, after a step."""
+        return Position(step, order, self._num_examples, self._num_tokens, self.seconds, recent, num_zeros, untold)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -209,16 +306,16 @@ class _Meter:
         """The event of a step; rates are over the time since the last one."""
         passed = max(time.perf_counter() - self._reported, 1e-9)
         num_examples, num_tokens = self._last
-        self._last = (self._num_examples, self.num_tokens)
+        self._last = (self._num_examples, self._num_tokens)
         self._reported = time.perf_counter()
         return Progress(
             phase="training",
             step=step,
-            total_steps=self._total_steps,
+            total_steps=self.total_steps,
             epoch=epoch,
             num_examples=self._num_examples,
             examples_per_second=(self._num_examples - num_examples) / passed,
-            tokens_per_second=(self.num_tokens - num_tokens) / passed,
-            eta_seconds=self.seconds / step * (self._total_steps - step),
+            tokens_per_second=(self._num_tokens - num_tokens) / passed,
+            eta_seconds=self.seconds / step * (self.total_steps - step),
             memory_bytes=self._process.memory_info().rss,
         )

@@ -16,9 +16,7 @@ from torch.nn import functional
 from knowledge_engine.errors import InvalidSpecError, Reason
 from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head
 from knowledge_engine.training.data import Batch
-
-_CHUNK_POSITIONS = 512
-"""Logits of so many positions exist at a time: 100 MB with a vocabulary of 49,152."""
+from knowledge_engine.training.plan import CHUNK_POSITIONS
 
 Model = PreTrainedModel | PeftModel
 
@@ -102,4 +100,4 @@ def check_head(model: Model, batch: Batch) -> None:
 
 
 def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    return zip(*(torch.split(tensor, _CHUNK_POSITIONS) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, CHUNK_POSITIONS) for tensor in tensors), strict=True)

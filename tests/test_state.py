@@ -1,16 +1,22 @@
 """The state store: legal transitions only, numbered events, fenced writes, nothing lost over a restart."""
 
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from knowledge_engine.core import (
     LEGAL_TRANSITIONS,
     MAX_QUEUED_JOBS,
+    Checkpoint,
     Dataset,
     DatasetKind,
     GenerationResult,
@@ -30,13 +36,15 @@ from knowledge_engine.errors import (
     CapacityError,
     ConflictError,
     IntegrityError,
+    InvalidSpecError,
     KnowledgeEngineError,
     NotFoundError,
     Reason,
     StateError,
     UpstreamError,
 )
-from knowledge_engine.state import State
+from knowledge_engine.files import file_system_of
+from knowledge_engine.state import Request, State
 
 SPEC = GenerationSpec(num_conversations=10)
 RESULT = GenerationResult(
@@ -304,3 +312,253 @@ def test_a_locked_store_is_unavailable_not_lost(state: State, url: str, tmp_path
     assert impatient.create_job(SPEC).state is JobState.QUEUED
     assert len(state.list_jobs(Page(10, None))[0]) == 1
     impatient.close()
+
+
+# --- pausing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_waiting_job_is_paused_at_once_and_goes_on_behind_the_others(state: State) -> None:
+    first, second = state.create_job(SPEC).id, state.create_job(SPEC).id
+    assert {state.request_pause(first).state for _ in range(3)} == {JobState.PAUSED}
+    assert state.get_job(first).end_time is None
+    assert {state.request_resume(first).state for _ in range(3)} == {JobState.QUEUED}
+    assert [claim(state)[0] for _ in range(2)] == [second, first]
+
+
+def test_a_running_job_pauses_when_its_worker_lets_go(state: State) -> None:
+    state.create_job(SPEC)
+    job_id, attempt = claim(state)
+    asked = [state.request_pause(job_id) for _ in range(3)]
+    assert {(job.state, job.pause_requested) for job in asked} == {(JobState.RUNNING, True)}
+    assert state.orders(job_id, attempt) == (JobState.RUNNING, True)
+    paused = state.abandon_attempt(job_id, attempt, "paused on request")
+    assert (paused.state, paused.pause_requested) == (JobState.PAUSED, False)
+    assert state.claim_job(KINDS) is None
+    with pytest.raises(ConflictError):
+        state.finish_attempt(job_id, attempt, RESULT)
+    state.request_resume(job_id)
+    assert claim(state) == (job_id, attempt + 1)
+
+
+def test_whoever_asks_to_pause_may_think_better_of_it(state: State) -> None:
+    state.create_job(SPEC)
+    job_id, attempt = claim(state)
+    state.request_pause(job_id)
+    assert state.request_resume(job_id).pause_requested is False
+    assert state.orders(job_id, attempt) == (JobState.RUNNING, False)
+    assert state.abandon_attempt(job_id, attempt, "interrupted").state is JobState.QUEUED
+
+
+def test_a_job_that_was_to_pause_is_paused_by_a_crash_too(state: State) -> None:
+    state.create_job(SPEC)
+    job_id, attempt = claim(state)
+    state.request_pause(job_id)
+    assert state.bury_attempt(job_id, attempt, "SIGKILL", 3, Reason.WORKER_CRASHED).state is JobState.PAUSED
+
+
+def test_a_paused_job_is_cancelled_at_once(state: State) -> None:
+    job_id = state.create_job(SPEC).id
+    state.request_pause(job_id)
+    cancelled = state.request_cancel(job_id)
+    assert cancelled.state is JobState.CANCELLED
+    assert cancelled.end_time
+
+
+@pytest.mark.parametrize("verb", ["request_pause", "request_resume"])
+@pytest.mark.parametrize("end", ["cancelling", "cancelled", "succeeded", "failed"])
+def test_what_has_ended_or_is_ending_neither_pauses_nor_goes_on(state: State, verb: str, end: str) -> None:
+    state.create_job(SPEC)
+    job_id, attempt = claim(state)
+    if end.startswith("cancel"):
+        state.request_cancel(job_id)
+    if end != "cancelling":
+        state.finish_attempt(job_id, attempt, KnowledgeEngineError("no") if end == "failed" else RESULT)
+    with pytest.raises(StateError) as caught:
+        getattr(state, verb)(job_id)
+    assert caught.value.reason is Reason.JOB_ENDED
+
+
+# --- whose turn it is ---------------------------------------------------------------------------------------------
+
+
+def test_callers_take_turns_and_every_job_knows_its_place(state: State) -> None:
+    eager = [state.create_job(SPEC, "eager").id for _ in range(3)]
+    modest = state.create_job(SPEC, "modest").id
+    order = [eager[0], modest, eager[1], eager[2]]
+    assert [state.get_job(job_id).queue_position for job_id in order] == [1, 2, 3, 4]
+    assert {job.id: job.queue_position for job in state.list_jobs(Page(10, None))[0]} == {
+        job_id: place for place, job_id in enumerate(order, 1)
+    }
+    assert [claim(state)[0] for _ in order] == order
+    assert state.get_job(modest).queue_position is None
+
+
+def test_an_interruption_costs_no_place(state: State) -> None:
+    first, second = state.create_job(SPEC).id, state.create_job(SPEC).id
+    job_id, attempt = claim(state)
+    assert job_id == first
+    state.abandon_attempt(first, attempt, "interrupted")
+    assert [state.get_job(job_id).queue_position for job_id in (first, second)] == [1, 2]
+
+
+def test_a_training_waits_for_memory_and_others_do_not_overtake_it(state: State) -> None:
+    training = TrainingSpec(dataset="d", model="m")
+    sizes = [60, 60, 10]
+    ids = [state.create_job(training, memory_bytes=size).id for size in sizes]
+    generation = state.create_job(SPEC).id
+    state.hold_memory("engine", "cpu", 30)
+    assert claim_with(state, 100) == ids[0]
+    assert state.held_memory() == {"engine": 30, f"jobs/{ids[0]}": 60}
+    assert claim_with(state, 100) == generation  # needs none
+    assert state.claim_job(KINDS, 100) is None
+    state.finish_attempt(ids[0], 1, KnowledgeEngineError("done"))
+    assert claim_with(state, 100) == ids[1]
+    assert claim_with(state, 100) == ids[2]
+    assert sum(state.held_memory().values()) == 100
+    state.release_memory("engine")
+    assert "engine" not in state.held_memory()
+
+
+def test_beside_no_other_job_a_training_starts_in_any_case(state: State) -> None:
+    job_id = state.create_job(TrainingSpec(dataset="d", model="m"), memory_bytes=90).id
+    state.hold_memory("engine", "cpu", 30)
+    state.hold_memory("engine", "cpu", 35)
+    assert claim_with(state, 100) == job_id  # its worker looks again, and refuses by name
+
+
+def claim_with(state: State, memory_bytes: int) -> str:
+    job = state.claim_job(KINDS, memory_bytes)
+    assert job is not None
+    return job.id
+
+
+# --- crashes ------------------------------------------------------------------------------------------------------
+
+
+def test_three_crashes_without_a_checkpoint_between_them_end_a_job(state: State) -> None:
+    job_id = state.create_job(SPEC).id
+    for attempt in range(1, 6):
+        assert claim(state) == (job_id, attempt)
+        if attempt == 3:
+            state.append_events(job_id, attempt, [Checkpoint(step=4, size_bytes=100)])
+        buried = state.bury_attempt(job_id, attempt, "signal SIGKILL", 3, Reason.WORKER_CRASHED)
+    assert buried.state is JobState.FAILED
+    assert buried.checkpoint_step == 4
+    assert buried.error is not None
+    assert (buried.error["reason"], "SIGKILL" in buried.error["message"]) == ("WORKER_CRASHED", True)
+
+
+def test_a_resumed_job_starts_with_a_clean_slate(state: State) -> None:
+    job_id = state.create_job(SPEC).id
+    for attempt in (1, 2):
+        claim(state)
+        state.bury_attempt(job_id, attempt, "gone", 3, Reason.WORKER_CRASHED)
+    state.request_pause(job_id)
+    state.request_resume(job_id)
+    claim(state)
+    assert state.bury_attempt(job_id, 3, "gone", 3, Reason.WORKER_CRASHED).state is JobState.QUEUED
+
+
+# --- repeated requests --------------------------------------------------------------------------------------------
+
+
+def test_many_equal_requests_make_one_job(state: State) -> None:
+    request = Request("a-uuid", "digest")
+    with ThreadPoolExecutor(16) as pool:
+        jobs = list(pool.map(lambda _: state.create_job(SPEC, "shop", request), range(50)))
+    assert {job.id for job in jobs} == {jobs[0].id}
+    assert len(state.list_jobs(Page(100, None))[0]) == 1
+    assert state.find_request("shop", request) == jobs[0]
+    assert state.create_job(SPEC, "another", request).id != jobs[0].id
+
+
+def test_a_request_id_stands_for_one_spec(state: State) -> None:
+    made = state.create_job(SPEC, "shop", Request("id", "one"))
+    for ask in (state.find_request, lambda *a: state.create_job(SPEC, *a)):
+        with pytest.raises(InvalidSpecError) as caught:
+            ask("shop", Request("id", "other"))
+        assert caught.value.reason is Reason.REQUEST_ID_REUSED
+        assert caught.value.metadata == {"job": made.id}
+
+
+def test_a_repeated_request_is_answered_when_the_queue_is_full(state: State) -> None:
+    request = Request("id", "one")
+    made = state.create_job(SPEC, "shop", request)
+    for _ in range(MAX_QUEUED_JOBS - 1):
+        state.create_job(SPEC)
+    with pytest.raises(CapacityError):
+        state.create_job(SPEC, "shop", Request("refused", "one"))
+    assert state.create_job(SPEC, "shop", request).id == made.id
+    assert state.find_request("shop", Request("refused", "one")) is None  # what was refused is not remembered
+
+
+# --- upgrades -----------------------------------------------------------------------------------------------------
+
+RELEASED = sorted((Path(__file__).parent / "schemas").glob("*.sql"))
+
+
+@pytest.fixture(params=RELEASED, ids=lambda path: path.stem)
+def released(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A store as a release left it, with jobs of every kind; each dump was written by that release."""
+    path = tmp_path / "state.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(request.param.read_text())
+    connection.close()
+    return path
+
+
+def check_upgraded(path: Path) -> None:
+    state = State.open(f"sqlite:///{path}")
+    jobs = state.list_jobs(Page(100, None))[0][::-1]
+    assert [job.state for job in jobs] == [
+        JobState.SUCCEEDED,
+        JobState.FAILED,
+        JobState.CANCELLED,
+        JobState.RUNNING,
+        JobState.QUEUED,
+        JobState.QUEUED,
+    ]
+    for job in jobs:
+        events = state.events(job.id, 0, 1000)
+        assert [event.sequence for event in events] == list(range(1, job.last_sequence + 1))
+        assert events[-1].is_last == job.state.is_terminal
+    assert jobs[0].result is not None
+    assert jobs[1].error is not None
+    assert [job.queue_position for job in jobs[4:]] == [1, 1]
+    (attempt,) = state.running_attempts()
+    assert (attempt.job.id, attempt.worker_identity) == (jobs[3].id, None)
+    assert {claim(state)[0] for _ in range(2)} == {jobs[4].id, jobs[5].id}
+    assert state.get_dataset("chats").num_rows == 3
+    state.close()
+
+
+def test_a_store_of_every_release_is_brought_up_to_date(released: Path) -> None:
+    check_upgraded(released)
+
+
+def test_an_upgrade_may_be_killed_at_every_statement(released: Path) -> None:
+    code = f"from knowledge_engine.state import State; State.open('sqlite:///{released}').close()"
+    for statement in range(1, 100):
+        environment = os.environ | {"KNOWLEDGE_FAILPOINTS": f"migrate.statement=kill@{statement}"}
+        ended = subprocess.run([sys.executable, "-c", code], env=environment, check=False, timeout=60)
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == -signal.SIGKILL
+        connection = sqlite3.connect(released)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        connection.close()
+    assert statement > 5
+    check_upgraded(released)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("/srv/data", "ext4"), ("/srv/data/shared/a", "nfs4"), ("/", "overlay"), ("/srv/share", "ext4")],
+)
+def test_the_file_system_of_a_folder_is_that_of_the_nearest_mount(folder: str, kind: str) -> None:
+    class At(NamedTuple):
+        mountpoint: str
+        fstype: str
+
+    mounts = [At("/", "overlay"), At("/srv", "xfs"), At("/srv", "ext4"), At("/srv/data/shared", "nfs4")]
+    assert file_system_of(Path(folder), mounts) == kind

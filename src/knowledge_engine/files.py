@@ -6,13 +6,31 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from knowledge_engine.errors import CapacityError, Reason
+import psutil
+
+from knowledge_engine.errors import CapacityError, InvalidSpecError, Reason
 
 RESERVE_BYTES = 10**9
 """What a download leaves free on the disk, for the state store above all."""
+
+
+_NETWORK_FILE_SYSTEMS = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "glusterfs", "lustre", "nfs", "nfs4", "smb3", "smbfs"}
+)
+
+
+class Mount(Protocol):
+    """A mounted file system, as psutil tells it."""
+
+    @property
+    def mountpoint(self) -> str: ...
+
+    @property
+    def fstype(self) -> str: ...
 
 
 def sha256_of(path: Path) -> str:
@@ -28,6 +46,29 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def demand_local(folder: Path) -> None:
+    """Raises InvalidSpecError: SETTINGS_INVALID, when an existing folder lies on a file system of another machine.
+
+    SQLite's log of writes lives in shared memory, which other machines do not see: it would be damaged there.
+    """
+    kind = file_system_of(folder, psutil.disk_partitions(all=True))
+    if kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse.ssh"):
+        raise InvalidSpecError(
+            f"KNOWLEDGE_DATA_DIR: {folder} lies on a network file system ({kind}), where SQLite would be damaged; "
+            "choose a folder on a disk of this machine",
+            reason=Reason.SETTINGS_INVALID,
+            file_system=kind,
+        )
+
+
+def file_system_of(folder: Path, mounts: Iterable[Mount]) -> str:
+    """The type of the file system that a folder lies on; empty when no mount holds it."""
+    path = folder.resolve()
+    holding = [mount for mount in mounts if path.is_relative_to(mount.mountpoint)]
+    # Of two mounts on one point the later one is in sight.
+    return max(enumerate(holding), key=lambda item: (len(item[1].mountpoint), item[0]))[1].fstype if holding else ""
 
 
 def demand_space(folder: Path, needed_bytes: int) -> None:

@@ -62,6 +62,8 @@ from knowledge_engine.errors import (
     UpstreamError,
     Violation,
 )
+from knowledge_engine.failpoints import failpoint
+from knowledge_engine.files import demand_local
 
 _UNDER_WAY = (JobState.RUNNING.value, JobState.CANCELLING.value)
 _OUR_MISTAKES = (ConstraintError, DataError, NotSupportedError, ProgrammingError)
@@ -219,10 +221,12 @@ class State:
 
         Raises:
             IntegrityError: STATE_NEWER when a newer release wrote it.
+            InvalidSpecError: SETTINGS_INVALID for a folder on a network file system.
         """
         if url.startswith("sqlite:///"):
             folder = Path(url.removeprefix("sqlite:///")).parent
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            demand_local(folder)
         engine = sa.create_engine(url, connect_args={"timeout": busy_timeout_seconds})
         if engine.dialect.name == "sqlite":
             _use_wal(engine)
@@ -873,4 +877,5 @@ def _migrate(engine: sa.Engine) -> None:
                 schema=current,
             )
         config.attributes["connection"] = connection
+        sa_event.listen(connection, "after_cursor_execute", lambda *_: failpoint("migrate.statement"))
         command.upgrade(config, "head")

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ import psutil
 import pytest
 
 from knowledge_engine.core import JobState, StateChange
+from knowledge_engine.jobs import process_identity
 from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
@@ -275,3 +279,147 @@ async def test_watchers_that_leave_leave_nothing_behind(channel: grpc.aio.Channe
         await asyncio.sleep(0.05)
     assert not server._jobs._tails
     await cancel(channel, name)
+
+
+async def pause(channel: grpc.aio.Channel, name: str) -> jobs_pb2.Job:
+    return (await jobs_pb2_grpc.JobServiceStub(channel).PauseJob(jobs_pb2.PauseJobRequest(name=name))).job
+
+
+async def resume(channel: grpc.aio.Channel, name: str) -> jobs_pb2.Job:
+    return (await jobs_pb2_grpc.JobServiceStub(channel).ResumeJob(jobs_pb2.ResumeJobRequest(name=name))).job
+
+
+async def until(channel: grpc.aio.Channel, name: str, state: int) -> jobs_pb2.Job:
+    deadline = time.monotonic() + PATIENCE
+    while (job := await get(channel, name)).state != state:
+        assert time.monotonic() < deadline, job
+        await asyncio.sleep(0.05)
+    return job
+
+
+def walked(events: list[jobs_pb2.JobEvent]) -> list[str]:
+    changes = [event.state_change for event in events if event.WhichOneof("payload") == "state_change"]
+    return [jobs_pb2.JobState.Name(change.state).removeprefix("JOB_STATE_") for change in changes]
+
+
+async def test_a_running_job_is_paused_and_goes_on(channel: grpc.aio.Channel, server: RunningServer) -> None:
+    name = await create(channel, 2000)
+    worker = await until_running(channel, name, server._state)
+    for _ in range(3):
+        assert (await pause(channel, name)).state in {jobs_pb2.JOB_STATE_RUNNING, jobs_pb2.JOB_STATE_PAUSED}
+    paused = await until(channel, name, jobs_pb2.JOB_STATE_PAUSED)
+    assert not paused.HasField("end_time")
+    await gone(worker)
+    assert (await resume(channel, name)).queue_position == 1
+    assert walked(await watch(channel, name)) == ["QUEUED", "RUNNING", "PAUSED", "QUEUED", "RUNNING", "SUCCEEDED"]
+
+
+async def test_a_paused_job_is_cancelled_and_leaves_nothing(
+    channel: grpc.aio.Channel, server: RunningServer, tmp_path: Path
+) -> None:
+    name = await create(channel, 100_000)
+    await until_running(channel, name, server._state)
+    await pause(channel, name)
+    await until(channel, name, jobs_pb2.JOB_STATE_PAUSED)
+    kept = tmp_path / "data" / name / "checkpoints"
+    kept.mkdir()
+    assert (await cancel(channel, name)).state == jobs_pb2.JOB_STATE_CANCELLED
+    deadline = time.monotonic() + PATIENCE
+    while kept.exists():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+async def test_a_terminated_worker_is_no_crash(channel: grpc.aio.Channel, server: RunningServer) -> None:
+    name = await create(channel, 3000)
+    for attempt in range(1, 6):
+        (await until_running(channel, name, server._state, attempt)).terminate()
+    events = await watch(channel, name)
+    assert walked(events)[-1] == "SUCCEEDED"
+    assert (await get(channel, name)).attempt == 6
+    assert any("interrupted" in event.state_change.message for event in events)
+
+
+async def test_a_worker_without_a_sign_of_life_is_replaced(make_settings: Callable[..., Settings]) -> None:
+    async with (
+        await start_server(make_settings(lease_seconds=1)) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        name = await create(channel, 3000)
+        worker = await until_running(channel, name, server._state)
+        worker.suspend()
+        events = await watch(channel, name)
+        assert walked(events) == ["QUEUED", "RUNNING", "QUEUED", "RUNNING", "SUCCEEDED"]
+        assert any("no sign of life" in event.state_change.message for event in events)
+        assert not worker.is_running()
+
+
+async def test_a_stopping_server_also_ends_the_workers_it_adopted(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = make_settings()
+    process, address = await start_process(settings, tmp_path)
+    async with grpc.aio.insecure_channel(address) as channel:
+        name = await create(channel, 100_000)
+        state = State.open(settings.state_url, migrate=False)
+        worker = await until_running(channel, name, state)
+        process.kill()
+        await process.wait()
+    async with await start_server(settings) as server:
+        deadline = time.monotonic() + PATIENCE
+        while not server._jobs._workers:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+    await gone(worker)
+    assert state.get_job(name.removeprefix("jobs/")).state is JobState.QUEUED
+    state.close()
+
+
+async def test_a_repeated_request_answers_with_the_first_job(channel: grpc.aio.Channel) -> None:
+    stub = jobs_pb2_grpc.JobServiceStub(channel)
+
+    async def ask(request_id: str, **fields: object) -> str:
+        spec = generation_pb2.GenerationSpec(num_conversations=20, **fields)  # type: ignore[arg-type]
+        request = jobs_pb2.CreateGenerationJobRequest(spec=spec, request_id=request_id)
+        return (await stub.CreateGenerationJob(request)).job.name
+
+    names = await asyncio.gather(*(ask("one") for _ in range(50)))
+    assert len(set(names)) == 1
+    await watch(channel, names[0])
+    assert await ask("one") == names[0]  # also once its dataset is there
+    assert await ask("two") != names[0]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ask("one", seed=7)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    for bad in ("x" * 256, "tab\t", "\u00e9"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(bad)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_store_that_is_locked_costs_no_event(
+    channel: grpc.aio.Channel, server: RunningServer, tmp_path: Path
+) -> None:
+    name = await create(channel, 5000)
+    await until_running(channel, name, server._state)
+    blocker = sqlite3.connect(tmp_path / "data" / "state.db", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await create(channel)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await asyncio.sleep(4)
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    events = await watch(channel, name)
+    assert walked(events) == ["QUEUED", "RUNNING", "SUCCEEDED"]
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+
+
+def test_a_process_is_known_by_more_than_its_pid() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = process_identity(child.pid)
+    assert identity
+    assert process_identity(child.pid) == identity
+    assert process_identity(os.getpid()) not in {identity, None}
+    child.communicate(b"\n")
+    assert process_identity(child.pid) is None

@@ -24,6 +24,7 @@ from knowledge_engine.core import (
     Message,
     Progress,
     Service,
+    StopReason,
     TrackerRun,
     utc_now,
 )
@@ -73,7 +74,7 @@ class RecordingContext:
         if self._checks_left is not None:
             self._checks_left -= 1
             if self._checks_left < 0:
-                raise JobStopped
+                raise JobStopped(StopReason.CANCELLED)
 
 
 class Liar(OfflineVerbaliser):

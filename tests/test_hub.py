@@ -30,6 +30,7 @@ from knowledge_engine.core import (
     Message,
     Progress,
     Service,
+    StopReason,
     TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets
@@ -102,7 +103,7 @@ def stop_at(share: float) -> Callable[[str, float], None]:
 
     def report(phase: str, fraction: float) -> None:
         if phase == "downloading" and fraction >= share:
-            raise JobStopped("cancelled")
+            raise JobStopped(StopReason.CANCELLED)
 
     return report
 

@@ -31,6 +31,7 @@ from knowledge_engine.core import (
     GenerationSpec,
     JobStopped,
     Service,
+    StopReason,
 )
 from knowledge_engine.datasets import Conversation, Datasets
 from knowledge_engine.errors import (
@@ -84,7 +85,7 @@ class Context(RecordingContext):
 
     def check(self) -> None:
         if self.stop.is_set():
-            raise JobStopped("cancelled")
+            raise JobStopped(StopReason.CANCELLED)
 
 
 class Studio:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from knowledge_engine.bases import Base
 from knowledge_engine.core import HeldOutComparison, ModelVersion, Page, TrainingSpec
@@ -29,7 +31,7 @@ def publish(
     check: Callable[[], None] = lambda: None,
 ) -> ModelVersion:
     folder = registry.stage(job_id)
-    (folder / "adapter_model.safetensors").write_bytes(weights)
+    save_file({"weights": np.frombuffer(weights, np.uint8)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
     return registry.publish(
         spec=TrainingSpec(dataset="d", model=model),

@@ -31,6 +31,7 @@ from knowledge_engine.core import (
     Progress,
     Service,
     StateChange,
+    StopReason,
     TrainingSpec,
     utc_now,
 )
@@ -449,13 +450,15 @@ class FakeContext:
         self.work_dir = work_dir
         self.warnings: list[tuple[str, str]] = []
         self.observed: list[str | None] = []
-        self.stop = ""
+        self.stop: StopReason | None = None
 
     def report(self, progress: Progress) -> None: ...
 
     def log(self, message: str) -> None: ...
 
     def track(self, run: Any) -> None: ...
+
+    def checkpointed(self, step: int, size_bytes: int) -> None: ...
 
     def at_end(self, call: Any) -> None: ...
 
@@ -570,9 +573,9 @@ def test_a_missing_bucket_is_named_by_the_job(
         Publisher(registry, make_settings, tmp_path).run(patience=0)
 
 
-@pytest.mark.parametrize("reason", ["cancelled", "interrupted"])
+@pytest.mark.parametrize("reason", [StopReason.CANCELLED, StopReason.INTERRUPTED])
 def test_a_cancelled_job_leaves_nothing_in_the_bucket_an_interrupted_one_its_claim(
-    publisher: Publisher, proxy: FaultyProxy, seaweed: Seaweed, bucket: Bucket, reason: str
+    publisher: Publisher, proxy: FaultyProxy, seaweed: Seaweed, bucket: Bucket, reason: StopReason
 ) -> None:
     proxy.faults = [Fault("slow down", "PUT", "manifest.json")]
 
@@ -587,7 +590,7 @@ def test_a_cancelled_job_leaves_nothing_in_the_bucket_an_interrupted_one_its_cla
         publisher.run(patience=600)
     thread.join()
     assert time.monotonic() - asked < 60
-    assert bool(seaweed.keys(bucket.name)) is (reason == "interrupted")
+    assert bool(seaweed.keys(bucket.name)) is (reason is StopReason.INTERRUPTED)
 
 
 def test_cancelling_while_a_big_file_travels_leaves_nothing(
@@ -595,7 +598,7 @@ def test_cancelling_while_a_big_file_travels_leaves_nothing(
 ) -> None:
     def stop() -> None:
         wait_until(lambda: proxy.count("PUT", "partNumber=2"))
-        publisher.context.stop = "cancelled"
+        publisher.context.stop = StopReason.CANCELLED
 
     thread = threading.Thread(target=stop)
     thread.start()

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import random
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from knowledge_engine.core import (
     Message,
     Progress,
     Service,
+    StopReason,
     TrackerRun,
     TrainingResult,
     TrainingSpec,
@@ -42,6 +44,7 @@ from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, Example
+from knowledge_engine.training.checkpoints import Checkpoints
 from knowledge_engine.training.data import collate, count_trained
 from knowledge_engine.training.job import run_training
 from knowledge_engine.training.loop import evaluation_batches, learning_rate_at, train
@@ -55,13 +58,17 @@ SPEC = TrainingSpec(dataset="d", model="m", use_qlora=False, max_steps=3, learni
 
 
 class FakeContext:
-    """Records what a job says; it must end once `stop_after` steps were reported."""
+    """Records what a job says; it must end once `stop_after` steps were reported, or at the check `stop_at_check`."""
 
-    stop_reason = "cancelled"
+    stop_reason = StopReason.CANCELLED
 
     def __init__(self, work_dir: Path, spec: TrainingSpec = SPEC, stop_after: int | None = None) -> None:
         self.job = Job(id="job-1", kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
         self.work_dir = work_dir
+        self.stop_at_check: int | None = None
+        self.num_checks = 0
+        self.warnings: list[tuple[str, str]] = []
+        self.checkpoints: list[int] = []
         self.events: list[Progress] = []
         self.lines: list[str] = []
         self.runs: list[TrackerRun] = []
@@ -75,7 +82,11 @@ class FakeContext:
         self.lines.append(message)
 
     def warn(self, reason: str, message: str) -> None:
-        self.lines.append(message)
+        self.warnings.append((reason, message))
+
+    def checkpointed(self, step: int, size_bytes: int) -> None:
+        assert size_bytes > 0
+        self.checkpoints.append(step)
 
     def observe(self, service: Service, trouble: str | None) -> None:
         pass
@@ -87,12 +98,26 @@ class FakeContext:
         self.ends.append(call)
 
     def check(self) -> None:
-        if self._stop_after is not None and len(self.steps) >= self._stop_after:
+        self.num_checks += 1
+        if self.num_checks == self.stop_at_check or (
+            self._stop_after is not None and len(self.steps) >= self._stop_after
+        ):
             raise JobStopped(self.stop_reason)
 
     @property
     def steps(self) -> list[Progress]:
         return [event for event in self.events if event.phase == "training"]
+
+
+def no_log(metrics: dict[str, float], step: int) -> None: ...
+
+
+def checkpoints_of(context: FakeContext, **settings: Any) -> Checkpoints:
+    """Those of a training that nobody interrupts, unless settings say when to save."""
+    spec = context.job.spec
+    assert isinstance(spec, TrainingSpec)
+    values = {"data_dir": context.work_dir, "checkpoint_seconds": 3600}
+    return Checkpoints(context, Settings(**values | settings), {"spec": spec.model_dump(mode="json")}, spec.save_steps)
 
 
 def _rows(count: int = 12) -> list[list[Message]]:
@@ -130,8 +155,9 @@ def _run(
 ) -> tuple[dict[str, torch.Tensor], list[Progress]]:
     """Trains with `changes` to SPEC; the adapter's weights and the progress events."""
     spec = TrainingSpec.model_validate(SPEC.model_dump() | changes)
-    model, context = _tuned(base, spec), FakeContext(tmp_path, spec)
-    train(model, examples[2:], examples[:2], spec, context, lambda metrics, step: None, "cpu")
+    # A folder for each run: one that finds the checkpoints of another does not start at the beginning.
+    model, context = _tuned(base, spec), FakeContext(Path(tempfile.mkdtemp(dir=tmp_path)), spec)
+    train(model, examples[2:], examples[:2], spec, context, no_log, "cpu", checkpoints_of(context))
     return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}, context.steps
 
 
@@ -158,16 +184,18 @@ def test_every_family_learns_and_its_adapter_serves(
     kinds = {type(module).__name__ for module in model.modules()}
     assert ("Linear4bit" in kinds) is use_qlora
     before, _ = mean_loss(model, evaluation_batches(examples, "cpu"), lambda: None)
-    train(model, examples, [], spec, FakeContext(tmp_path), lambda metrics, step: None, "cpu")
+    context = FakeContext(tmp_path / "work")
+    train(model, examples, [], spec, context, no_log, "cpu", checkpoints_of(context))
     after, num_tokens = mean_loss(model, evaluation_batches(examples, "cpu"), lambda: None)
     assert after < before - 0.5
     assert num_tokens == sum(map(count_trained, examples))
 
-    modeling.save_adapter(model, tmp_path, base)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    folder = tmp_path / "adapter"
+    modeling.save_adapter(model, folder, base)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     precision = modeling.training_precision("cpu", use_qlora=use_qlora)
-    served = modeling.add_adapter(modeling.load_base(base, precision, "cpu"), tmp_path, "x")
+    served = modeling.add_adapter(modeling.load_base(base, precision, "cpu"), folder, "x")
     modeling.select_adapter(served, "x")
     assert mean_loss(served, evaluation_batches(examples, "cpu"), lambda: None)[0] == pytest.approx(after, abs=1e-5)
     modeling.select_adapter(served, None)
@@ -333,8 +361,9 @@ def test_batches_hold_every_example_once_and_similar_lengths() -> None:
 def test_a_loss_that_is_no_number_ends_the_run(bases: dict[str, Base], examples: list[Example], tmp_path: Path) -> None:
     model = _tuned(bases["llama"])
     modeling.adapted_linears(model)[0].b.data.fill_(math.nan)
+    context = FakeContext(tmp_path)
     with pytest.raises(KnowledgeEngineError) as caught:
-        train(model, examples, [], SPEC, FakeContext(tmp_path), lambda metrics, step: None, "cpu")
+        train(model, examples, [], SPEC, context, no_log, "cpu", checkpoints_of(context))
     assert (caught.value.reason, caught.value.metadata["step"]) == (Reason.NON_FINITE, "1")
 
 

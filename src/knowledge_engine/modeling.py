@@ -8,6 +8,7 @@ model folder runs. Knows nothing of conversations, jobs or where versions are ke
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import warnings
@@ -41,6 +42,13 @@ FLOAT32, BFLOAT16, NF4 = "float32", "bfloat16", "nf4"
 
 _DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "out of memory",
+)
 # What an adapter may say; whatever else PEFT knows must stand at its default.
 _UNDERSTOOD = frozenset({"r", "lora_alpha", "target_modules", "fan_in_fan_out", "use_rslora"})
 _WITHOUT_EFFECT = frozenset(
@@ -90,6 +98,8 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise IntegrityError(
             f"the base model {base.name!r} cannot be loaded: {str(error)[:300]}",
             reason=Reason.BASE_MODEL_CORRUPT,
@@ -103,6 +113,17 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
     model.requires_grad_(False)
     model.train(False)
     return model
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of the device: libraries have several ways to say so."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | OSError | SafetensorError) and any(
+        sign in str(error) for sign in _OUT_OF_MEMORY
+    )
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -337,6 +358,7 @@ __all__ = [
     "attach_lora",
     "body_and_head",
     "default_device",
+    "is_out_of_memory",
     "linear_modules",
     "load_base",
     "remove_adapter",

@@ -52,6 +52,7 @@ from knowledge_engine.manifest import MANIFEST, FileEntry, Manifest, corrupt, pa
 from knowledge_engine.remote import Remote
 from knowledge_engine.settings import Settings
 from knowledge_engine.storage import Bucket, open_bucket
+from knowledge_engine.weights import demand_finite_weights
 
 SYNC_SECONDS = 10.0
 SWEEP_SECONDS = 3600.0
@@ -124,12 +125,19 @@ class Registry:
     ) -> ModelVersion:
         """Makes the staged `folder` the next version of `spec.model`. A job publishes once: asked again, the answer is
         the version it has published already, or it goes on where it was. `check` is called on the way to a bucket and
-        may raise."""
+        may raise.
+
+        Raises:
+            KnowledgeEngineError: NON_FINITE, a weight is no number; MODEL_VERSION_CORRUPT, weights cannot be read.
+        """
         if self._remote is not None:
             self.sync(spec.model)
         if published := self._published_by(spec.model, job_id):
             return published
         paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+        for path in paths:
+            if path.suffix == ".safetensors":
+                demand_finite_weights(path)
         files = {path.name: FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
         manifest = {
             "model": spec.model,

@@ -29,15 +29,26 @@ from knowledge_engine.core import (
     TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets, split_conversations
-from knowledge_engine.errors import CredentialsError, UpstreamError
+from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.failpoints import failpoint
 from knowledge_engine.hub import PHASES as HUB_PHASES
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText, Example, encode_conversations, read_template
 from knowledge_engine.tracking import Tracker, open_tracker
+from knowledge_engine.training.checkpoints import Checkpoints
 from knowledge_engine.training.loop import TrainedSummary, demand_finite, evaluation_batches, train
 from knowledge_engine.training.loss import mean_loss
-from knowledge_engine.training.publishing import Kept, Trained, find_kept, fingerprint, keep, publish_patiently
+from knowledge_engine.training.publishing import (
+    Kept,
+    Trained,
+    find_kept,
+    fingerprint,
+    keep,
+    publish_patiently,
+    training_facts,
+)
+from knowledge_engine.training.shortages import Shortages
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -57,25 +68,40 @@ def run_training(context: JobContext, settings: Settings, datasets: Datasets, re
 
     Raises:
         InvalidSpecError: what only the dataset or the base shows: rows too long, nothing to train, unknown targets.
-        KnowledgeEngineError: NON_FINITE, and whatever the parts raise.
-        JobStopped: from `context.check`; nothing is published then.
+        KnowledgeEngineError: NON_FINITE, OUT_OF_MEMORY, DISK_FULL, and whatever the parts raise.
+        JobStopped: from `context.check`, or RETRY; nothing is published then.
     """
     spec = context.job.spec
     if not isinstance(spec, TrainingSpec):
         raise TypeError(f"{context.job.id} is no training job")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = modeling.default_device()
+    shortages = Shortages(context, settings, spec, device)
+    with shortages.told():
+        return _run(context, settings, spec, datasets, registry, device, shortages)
+
+
+def _run(
+    context: JobContext,
+    settings: Settings,
+    spec: TrainingSpec,
+    datasets: Datasets,
+    registry: Registry,
+    device: str,
+    shortages: Shortages,
+) -> TrainingResult:
     context.report(Progress(phase="loading"))
     base = _load_base_facts(context, settings, spec, device)
     material = _encode(spec, base, datasets)
     context.log(f"{len(material.train)} conversations to train on, {len(material.held_out)} held out")
+    shortages.longest_row = max(len(example.input_ids) for example in (*material.train, *material.held_out))
     tracker = open_tracker(settings, context.job, context.work_dir, context.warn, context.observe)
     context.at_end(tracker.finish)
     if tracker.run is not None:
         context.track(tracker.run)
     kept: Kept | None = None
     try:
-        kept = _obtain(context, settings, spec, base, material, registry, tracker, device)
+        kept = _obtain(context, settings, spec, base, material, registry, tracker, device, shortages)
         trained = kept.trained
         if (compared := trained.comparison) is not None:
             tracker.log({"eval/loss": compared.tuned_loss, "eval/base_loss": compared.base_loss}, trained.num_steps)
@@ -94,15 +120,18 @@ def _obtain(
     registry: Registry,
     tracker: Tracker,
     device: str,
+    shortages: Shortages,
 ) -> Kept:
     """A trained and compared adapter, ready to be published: a kept one of the same training, or a new one."""
     precision = modeling.training_precision(device, use_qlora=spec.use_qlora)
-    mark = fingerprint(spec, material.dataset_digest, base.digest, material.chat_template_digest, precision)
+    facts = (spec, material.dataset_digest, base.digest, material.chat_template_digest, precision)
+    mark = fingerprint(*facts)
     if kept := find_kept(settings, mark, context.job.id):
         context.log(f"nothing to train: job {kept.trained.job_id} trained exactly this and could not publish it")
         return kept
     folder = registry.stage(context.job.id)
-    summary = _train(context, spec, base, material, folder, tracker, device)
+    checkpoints = Checkpoints(context, settings, training_facts(*facts), spec.save_steps)
+    summary = _train(context, spec, base, material, folder, tracker, device, checkpoints, shortages)
     comparison = _compare(context, base, material, folder, summary.num_steps, device)
     for name in _TOKENIZER_FILES:
         if (base.folder / name).is_file():
@@ -176,12 +205,22 @@ def _train(
     folder: Path,
     tracker: Tracker,
     device: str,
+    checkpoints: Checkpoints,
+    shortages: Shortages,
 ) -> TrainedSummary:
     """Trains and writes the adapter into `folder`; the training model is gone when it returns."""
+    failpoint("training.load")
     model = modeling.load_base(base, modeling.training_precision(device, use_qlora=spec.use_qlora), device)
     context.check()
     tuned = modeling.attach_lora(model, spec.lora, spec.seed)
-    summary = train(tuned, material.train, material.held_out, spec, context, tracker.log, device)
+    micro_batch = shortages.micro_batch
+    try:
+        with shortages.training():
+            summary = train(
+                tuned, material.train, material.held_out, spec, context, tracker.log, device, checkpoints, micro_batch
+            )
+    except KnowledgeEngineError as error:
+        raise (checkpoints.with_whereabouts(error) if error.reason is Reason.NON_FINITE else error) from None
     modeling.save_adapter(tuned, folder, base)
     del model, tuned
     _free_memory()
@@ -195,6 +234,7 @@ def _compare(
     if not material.held_out:
         return None
     context.report(Progress(phase="evaluating"))
+    failpoint("training.evaluation")
     precision = modeling.serving_precision(device)
     model = modeling.add_adapter(modeling.load_base(base, precision, device), folder, "tuned")
     losses: list[float] = []
@@ -228,6 +268,7 @@ def _publish(
     trained = kept.trained
 
     def publish() -> ModelVersion:
+        failpoint("publish.begin")
         folder = registry.stage(context.job.id)
         # Links, not copies: publishing moves its folder away, and what is kept must outlive a kill in the middle.
         shutil.copytree(kept.folder, folder, copy_function=os.link, dirs_exist_ok=True)
@@ -244,6 +285,7 @@ def _publish(
         )
 
     version = publish_patiently(context, settings, registry, spec.model, publish)
+    failpoint("publish.done")
     return TrainingResult(
         model=version.model,
         version=version.version,

@@ -1,8 +1,8 @@
 """The training loop, top to bottom: AdamW on the adapter's weights, one optimizer step after the other.
 
 It is given a model with an adapter attached and examples already encoded; it knows nothing of where they come from or
-where the adapter goes. What changes from step to step is what `checkpoints.py` writes down between two of them. The loss of a step is the mean over every trained token of all its batches, so that a batch of
-4 and 4 batches of 1 are the same step.
+where the adapter goes. The loss of a step is the mean over every trained token of all its batches, so that a batch of
+4 and 4 batches of 1 are the same step. What changes from one step to the next is what `checkpoints.py` writes down.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from knowledge_engine.training.data import Batch, collate, count_trained
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
 from knowledge_engine.training.plan import EVALUATION_BATCH_SIZE, count_steps, plan_windows
+
+_MAX_ZEROS = 5
 
 Log = Callable[[dict[str, float], int], None]
 """Takes metrics under the Hugging Face integration's names, and the step."""
@@ -102,7 +104,8 @@ def train(
     model.train()
 
     position = checkpoints.resume(learned, masks, device)
-    windows, order = _windows(examples, spec), hashlib.sha256()
+    windows = plan_windows([len(example.input_ids) for example in examples], spec)
+    order = hashlib.sha256()
     for _ in range(position.step):
         order.update(_names(next(windows)))
     checkpoints.check_order(position, order.hexdigest())
@@ -153,7 +156,9 @@ def train(
             checkpoints.save(learned, boundary, may_fail=True)
         raise
     losses, tokens = zip(*recent, strict=True)
-    return TrainedSummary(sum(losses) / sum(tokens), total_steps, boundary.position.num_tokens, meter.seconds)
+    return TrainedSummary(
+        sum(losses) / sum(tokens), total_steps, boundary.position.num_tokens, boundary.position.seconds
+    )
 
 
 class _Teller:
@@ -214,7 +219,7 @@ def _demand_movement(num_zeros: int, step: int) -> None:
     """Raises KnowledgeEngineError: NON_FINITE, for a loss of exactly 0 in several steps on end."""
     if num_zeros >= _MAX_ZEROS:
         raise KnowledgeEngineError(
-            f"the loss is stuck at 0: {num_zeros} steps in a row, up to step {step}; the numbers have broken down, and a "
+            f"the loss is stuck at 0: {num_zeros} steps in a row, up to step {step}; the numbers have broken down, a "
             "lower learning_rate usually helps",
             reason=Reason.NON_FINITE,
             quantity="the loss",
@@ -228,16 +233,6 @@ def evaluation_batches(held_out: Sequence[Example], device: str) -> Iterator[Bat
     ordered = sorted(held_out, key=lambda example: len(example.input_ids))
     for first in range(0, len(ordered), EVALUATION_BATCH_SIZE):
         yield collate(ordered[first : first + EVALUATION_BATCH_SIZE], device)
-
-
-def _windows(examples: Sequence[Example], spec: TrainingSpec) -> Iterator[list[list[int]]]:
-    """The batches of one optimizer step after the other, without end, as indices of examples; an epoch's last step may
-    have fewer."""
-    lengths = [len(example.input_ids) for example in examples]
-    for epoch in count():
-        plan = plan_batches(lengths, spec.per_device_train_batch_size, spec.seed, epoch)
-        for first in range(0, len(plan), spec.gradient_accumulation_steps):
-            yield plan[first : first + spec.gradient_accumulation_steps]
 
 
 def _parts(window: list[list[int]], micro_batch: int | None) -> Iterator[list[int]]:

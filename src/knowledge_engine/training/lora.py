@@ -9,8 +9,8 @@ Shapes: M tokens of the batch, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,17 +57,18 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None
 
 
-def use_fused_lora(model: PeftModel, seed: int) -> None:
+def use_fused_lora(model: PeftModel, seed: int) -> Masks:
     """Lets every adapted layer of `model` compute through `_LoraLinear` while it trains; evaluation stays PEFT's.
 
-    `seed` decides what dropout drops.
+    `seed` decides what dropout drops, through the masks that are returned.
     """
-    masks = _Masks(seed)
+    masks = Masks(seed)
     for layer in adapted_linears(model):
         layer.module.forward = _forward(layer, layer.module.forward, masks)
+    return masks
 
 
-def _forward(layer: AdaptedLinear, plain: Callable[..., torch.Tensor], masks: _Masks) -> Callable[..., torch.Tensor]:
+def _forward(layer: AdaptedLinear, plain: Callable[..., torch.Tensor], masks: Masks) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         if not layer.module.training or not torch.is_grad_enabled():
             return plain(x, *args, **options)
@@ -80,7 +81,7 @@ def _forward(layer: AdaptedLinear, plain: Callable[..., torch.Tensor], masks: _M
     return forward
 
 
-class _Masks:
+class Masks:
     """Dropout's coin tosses. torch tosses them one by one on a CPU, which takes a tenth of a training step."""
 
     def __init__(self, seed: int) -> None:
@@ -92,6 +93,21 @@ class _Masks:
             return torch.rand_like(like, dtype=torch.float32) < probability
         words = np.frombuffer(self._random.bytes(2 * like.numel()), dtype=np.uint16)
         return torch.from_numpy(words < round(probability * 65_536)).view(like.shape)
+
+    def state(self) -> tuple[int, ...]:
+        """Where the series of tosses stands, as six whole numbers."""
+        values = cast("dict[str, Any]", self._random.bit_generator.state)
+        return (*map(int, values["state"]["state"]), int(values["has_uint32"]), int(values["uinteger"]))
+
+    def restore(self, state: Sequence[int]) -> None:
+        """The inverse of `state`."""
+        *words, has_uint32, uinteger = state
+        self._random.bit_generator.state = {
+            "bit_generator": "SFC64",
+            "state": {"state": np.array(words, dtype=np.uint64)},
+            "has_uint32": has_uint32,
+            "uinteger": uinteger,
+        }
 
 
 def _without(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:

@@ -18,10 +18,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from knowledge_engine.core import HeldOutComparison, JobContext, JobStopped, ModelVersion, Service, TrainingSpec
+from knowledge_engine.core import (
+    HeldOutComparison,
+    JobContext,
+    JobStopped,
+    ModelVersion,
+    Service,
+    StopReason,
+    TrainingSpec,
+)
 from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, UpstreamError, from_dict
 from knowledge_engine.files import sha256_of, sync
 from knowledge_engine.registry import Registry
@@ -32,7 +41,7 @@ KEPT_FOR = timedelta(days=30)
 _FACTS = "trained.json"
 _ADAPTER = "adapter"
 _LOCK = "lock"
-_LIBRARIES = ("knowledge-engine", "torch", "transformers", "peft", "bitsandbytes")
+LIBRARIES = ("knowledge-engine", "torch", "transformers", "peft", "bitsandbytes")
 _FIRST_DELAY_SECONDS = 1.0
 _MAX_DELAY_SECONDS = 30.0
 _CHECK_SECONDS = 0.2
@@ -67,18 +76,25 @@ class Kept:
         os.close(self._lock)
 
 
-def fingerprint(
+def training_facts(
     spec: TrainingSpec, dataset_digest: str, base_digest: str, chat_template_digest: str, training_precision: str
-) -> str:
-    """What makes two trainings the same."""
-    facts = {
+) -> dict[str, Any]:
+    """What goes into a training."""
+    return {
         "spec": spec.model_dump(mode="json"),
         "dataset_digest": dataset_digest,
         "base_digest": base_digest,
         "chat_template_digest": chat_template_digest,
         "training_precision": training_precision,
-        "libraries": {name: version(name) for name in _LIBRARIES},
     }
+
+
+def fingerprint(
+    spec: TrainingSpec, dataset_digest: str, base_digest: str, chat_template_digest: str, training_precision: str
+) -> str:
+    """What makes two trainings the same, down to the libraries that they run on."""
+    facts = training_facts(spec, dataset_digest, base_digest, chat_template_digest, training_precision)
+    facts["libraries"] = {name: version(name) for name in LIBRARIES}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -177,7 +193,7 @@ def publish_patiently(
                     context.observe(Service.S3, None)
                 return published
     except JobStopped as stop:
-        if str(stop) == "cancelled":
+        if stop.reason is StopReason.CANCELLED:
             _withdraw(registry, model, context.job.id)
         raise
 

@@ -19,7 +19,17 @@ from urllib.parse import quote
 import pytest
 from pydantic import SecretStr
 
-from knowledge_engine.core import Job, JobKind, JobState, JobStopped, Service, StopReason, TrainingSpec, utc_now
+from knowledge_engine.core import (
+    Job,
+    JobKind,
+    JobState,
+    JobStopped,
+    Service,
+    StopReason,
+    TrackerRun,
+    TrainingSpec,
+    utc_now,
+)
 from knowledge_engine.errors import ConflictError, CredentialsError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
@@ -258,7 +268,7 @@ def test_an_interrupted_run_is_no_ended_one_and_the_next_attempt_ends_it(tmp_pat
 
     asked = threading.Event()
     with fake_wandb(watch) as fake, ThreadPoolExecutor() as pool:
-        first = pool.submit(_track, tmp_path, fake.url, "QUEUED", 1, 4)
+        first = pool.submit(_track, tmp_path, fake.url, "PAUSED", 1, 4)
         assert asked.wait(60)
         _track(tmp_path, fake.url, "FAILED", 1, 6)
         assert first.result()["warnings"] == []
@@ -298,6 +308,21 @@ def test_a_killed_attempt_leaves_its_run_open_and_the_next_one_ends_it(tmp_path:
         steps = _global_steps(run)
         assert steps == sorted(steps)
         assert set(steps) == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_run_whose_workers_all_died_is_ended_for_them(tmp_path: Path) -> None:
+    with fake_wandb() as fake:
+        settings = Settings(data_dir=tmp_path, wandb_api_key=SecretStr(KEY), wandb_base_url=fake.url)
+        state = State.open(settings.state_url)
+        job = state.create_job(_job().spec)
+        assert state.claim_job([JobKind.TRAINING])
+        state.set_tracker_run(job.id, 1, TrackerRun(id=job.id))
+        state.bury_attempt(job.id, 1, "signal SIGKILL", 1, Reason.WORKER_CRASHED)
+        state.close()
+        command = [sys.executable, "-m", "knowledge_engine.worker", job.id, "1"]
+        subprocess.run(command, env=_environment(fake.url, KNOWLEDGE_DATA_DIR=str(tmp_path)), check=True, timeout=120)
+        run = fake.runs[job.id]
+        assert (run.state, run.summary["state"], run.exit_code) == ("failed", "FAILED", 1)
 
 
 def test_a_superseded_attempt_leaves_its_run_alone(tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ class Tracker:
 
     def finish(self, state: JobState | None) -> None:
         """Ends the run as the job ended, so it comes after that: SUCCEEDED is a success there, FAILED and CANCELLED are
-        none, and QUEUED, after an interruption, leaves it preempted. None says nothing there: another attempt has the
-        run by now.
+        none, and QUEUED or PAUSED, after an interruption, leave it preempted. None says nothing there: another attempt
+        has the run by now.
 
         Waits half a minute at most: what was not sent by then stays in the job's folder. The job hears no warning any
         more; trouble is logged.
@@ -225,7 +225,7 @@ class Tracker:
 
     def _end(self, run: wandb.Run, state: JobState) -> None:
         run.summary["state"] = state.value
-        if state is JobState.QUEUED:
+        if not state.is_terminal:
             run.mark_preempting()  # its end is then no end: the run waits to be gone on with
         run.finish(exit_code=0 if state is JobState.SUCCEEDED else 1)
 

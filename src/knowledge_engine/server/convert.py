@@ -19,6 +19,7 @@ from knowledge_engine import core, errors
 from knowledge_engine.errors import InvalidSpecError, Reason, Violation
 from knowledge_engine.server.status import to_status
 from knowledge_engine.state import Request
+from knowledge_engine.training.estimate import Estimate
 from knowledge_engine.v1 import (
     datasets_pb2,
     generation_pb2,
@@ -355,6 +356,26 @@ def training_spec_proto(spec: core.TrainingSpec) -> training_pb2.TrainingSpec:
         lora=training_pb2.LoraConfig(**spec.lora.model_dump()),
         lr_scheduler_type=schedulers[spec.lr_scheduler_type],
         **values,
+    )
+
+
+def training_estimate(estimate: Estimate) -> training_pb2.TrainingEstimate:
+    memory, nearest, refusal = estimate.need.memory, estimate.nearest_spec, estimate.refusal
+    return training_pb2.TrainingEstimate(
+        memory=training_pb2.TrainingEstimate.MemoryRange(
+            low_bytes=memory.low_bytes, expected_bytes=memory.expected_bytes, high_bytes=memory.high_bytes
+        ),
+        device=estimate.device,
+        total_memory_bytes=estimate.total_memory_bytes,
+        held_memory_bytes=estimate.held,
+        disk_bytes=estimate.need.disk_bytes,
+        free_disk_bytes=estimate.free_disk_bytes,
+        num_steps=estimate.need.num_steps,
+        num_tokens=estimate.need.num_tokens,
+        training_time=_duration(estimate.training_seconds),
+        fits=refusal is None,
+        refusal="" if refusal is None else refusal.message,
+        nearest_spec=None if nearest is None else training_spec_proto(nearest),
     )
 
 

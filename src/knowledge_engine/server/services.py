@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
-from knowledge_engine.datasets import Datasets
+from knowledge_engine.datasets import Datasets, split_conversations
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, StateError, UpstreamError, Violation
 from knowledge_engine.generation.chat_client import require_provider
 from knowledge_engine.generation.planner import Planner
@@ -26,6 +26,7 @@ from knowledge_engine.server.status import CALLER
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, encode_conversations, with_context
+from knowledge_engine.training.estimate import Material, Preflight
 from knowledge_engine.v1 import (
     datasets_pb2,
     datasets_pb2_grpc,
@@ -84,6 +85,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         self._state = state
         self._datasets = datasets
         self._texts = texts
+        self._preflight = Preflight(settings, state)
 
     async def CreateTrainingJob(  # noqa: N802
         self, request: jobs_pb2.CreateTrainingJobRequest, context: Any
@@ -98,6 +100,13 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         spec = convert.generation_spec(request.spec)
         job = await self._create(spec, request.request_id, self._completed)
         return jobs_pb2.CreateGenerationJobResponse(job=convert.job(job))
+
+    async def EstimateTrainingJob(  # noqa: N802
+        self, request: jobs_pb2.EstimateTrainingJobRequest, context: Any
+    ) -> jobs_pb2.EstimateTrainingJobResponse:
+        spec = convert.training_spec(request.spec)
+        estimate = await asyncio.to_thread(lambda: self._preflight.estimate(spec, *self._material(spec)))
+        return jobs_pb2.EstimateTrainingJobResponse(estimate=convert.training_estimate(estimate))
 
     async def _create(self, asked: _Spec, request_id: str, check: Callable[[_Spec], _Accepted]) -> core.Job:
         """The job of this request: the one it has made before, else a new one, once `check` has let it pass."""
@@ -146,18 +155,32 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
 
     def _checked(self, spec: core.TrainingSpec) -> _Accepted:
         """Refuses before anything is stored what could only fail later."""
+        try:
+            base, material = self._material(spec)
+        except UpstreamError as error:
+            if error.reason is not Reason.BASE_MODEL_LOADING:
+                raise
+            return _Accepted(spec)  # not prepared yet: the worker prepares it and checks the same
+        need = self._preflight.demand_room(spec, base, material)
+        return _Accepted(spec, need.memory.expected_bytes)
+
+    def _material(self, spec: core.TrainingSpec) -> tuple[Base, Material]:
+        """The base, and the dataset's rows as it will see them.
+
+        Raises:
+            UpstreamError: BASE_MODEL_LOADING, once everything else is checked.
+        """
         _require_torch()
         dataset = self._datasets.get(spec.dataset)
         if dataset.kind is not core.DatasetKind.CONVERSATIONS:
             raise _wrong_kind("spec.dataset", dataset, core.DatasetKind.CONVERSATIONS)
-        if spec.base_model not in bases.base_names(self._settings):
-            bases.get_base(self._settings, spec.base_model)  # raises, naming what there is
-        try:
-            base, text = self._texts.get(spec.base_model)
-        except UpstreamError:
-            return _Accepted(spec)  # not prepared yet: the worker prepares it and checks the same
-        encode_conversations(self._datasets.conversations(spec.dataset), text, base.max_length(spec.max_length))
-        return _Accepted(spec)
+        base, text = self._texts.get(spec.base_model)
+        rows = self._datasets.conversations(spec.dataset)
+        # Encoded before the split, so that errors name rows of the dataset.
+        examples = encode_conversations(rows, text, base.max_length(spec.max_length))
+        by_identity = {id(row): example for row, example in zip(rows, examples, strict=True)}
+        train, held_out = split_conversations(rows, spec.eval_split, spec.seed)
+        return base, Material([by_identity[id(row)] for row in train], [by_identity[id(row)] for row in held_out])
 
     def _completed(self, spec: core.GenerationSpec) -> _Accepted:
         """The spec with its catalogue, dataset and provider named, all checked."""

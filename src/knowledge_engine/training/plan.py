@@ -40,9 +40,9 @@ def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int)
     return batches
 
 
-def plan_windows(lengths: Sequence[int], spec: TrainingSpec) -> Iterator[list[list[int]]]:
+def plan_windows(lengths: Sequence[int], spec: TrainingSpec, first_epoch: int = 0) -> Iterator[list[list[int]]]:
     """The batches of one optimizer step after the other, without end; an epoch's last step may have fewer."""
-    for epoch in count():
+    for epoch in count(first_epoch):
         plan = plan_batches(lengths, spec.per_device_train_batch_size, spec.seed, epoch)
         for first in range(0, len(plan), spec.gradient_accumulation_steps):
             yield plan[first : first + spec.gradient_accumulation_steps]

@@ -1,0 +1,476 @@
+"""Preflight: what a training would take, found out before anything loads. No torch.
+
+Counts what `loop.py`, `loss.py` and `lora.py` keep, from the shapes in the base's files and the rows' real lengths in
+tokens. Decision record 0011 has the formula and how far it is from measured peaks, all on CPU. For CUDA the same is
+counted in the device's own number format, without what only a CPU process has; that is untested so far, hence the wider
+range there, as for architectures whose activations are not known here.
+
+Shapes: B examples, T tokens of the longest of them, H width, I inner width, V vocabulary, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from knowledge_engine import devices
+from knowledge_engine.bases import Base
+from knowledge_engine.core import JobState, LoraConfig, Page, TrainingResult, TrainingSpec
+from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, StateError, Violation
+from knowledge_engine.files import read_json
+from knowledge_engine.settings import Settings
+from knowledge_engine.state import State
+from knowledge_engine.text import Example
+from knowledge_engine.training.plan import CHUNK_POSITIONS, EVALUATION_BATCH_SIZE, count_steps, plan_windows
+
+_MIB = 2**20
+
+_LIBRARIES_BYTES = {devices.CPU: 800 * _MIB, devices.CUDA: 500 * _MIB}
+"""Resident once everything is imported (CPU), or the context and kernels of a process on the device (CUDA)."""
+_FRAGMENTATION = 1.68
+"""Resident over live bytes of what the loop allocates and frees on the CPU: glibc does not reuse freed aligned blocks
+of the same size. Measured; on CUDA, torch's own allocator does, and rounds."""
+_CUDA_FRAGMENTATION = 1.15
+_LOADING_SHARE = 0.25
+"""Left behind on the heap when weights are quantised on the CPU, of the float32 bytes that were."""
+
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight: four bits, one byte for each block of 64, four for 256 of those (Dettmers et al. 2023, section 3)."""
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_ADAM_COPIES = 4
+"""The weight, its gradient and AdamW's two moments, all in float32."""
+_HEAD_COPIES = 3
+"""Of a chunk's logits at once: themselves or their gradient, their log-softmax, its gradient."""
+_INNER_BACKWARD_COPIES = 3
+"""Gradients of the inner width that exist at once in the backward pass of a layer."""
+_KNOWN = {"llama": 4, "mistral": 4, "qwen2": 4, "qwen3": 4, "gpt2": 5}
+"""Tensors of the inner width that a layer keeps for the backward pass, by architecture."""
+_EMBEDDINGS = frozenset({"wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "lm_head", "embed_out"})
+_LAYER = re.compile(r"\.\d+\.")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_SMALL_FILES_BYTES = _MIB
+"""Configurations, random states, where the run stands, the tracker's own."""
+_CHECKPOINTS = 3  # two stay, one is being written
+_MAX_EPOCHS_PLANNED = 3
+_NUM_JOBS_SEARCHED = 1000
+_MAX_ACCUMULATION = 256
+
+_LOG = logging.getLogger(__name__)
+
+
+class Linear(NamedTuple):
+    """A linear module that LoRA could adapt."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a base decides how much memory it takes. Bytes are those of the files."""
+
+    architecture: str
+    width: int
+    inner: int
+    num_layers: int
+    num_heads: int
+    head_width: int
+    key_value_width: int
+    vocabulary: int
+    linears: tuple[Linear, ...]
+    num_weights: int
+    file_bytes: int
+    is_float32: bool
+
+    @property
+    def num_linear_weights(self) -> int:
+        return sum(linear.inputs * linear.outputs for linear in self.linears)
+
+    def adapted(self, lora: LoraConfig) -> list[Linear]:
+        """As `modeling.attach_lora` chooses them."""
+        return [
+            linear
+            for linear in self.linears
+            if not lora.target_modules
+            or any(linear.name == target or linear.name.endswith(f".{target}") for target in lora.target_modules)
+        ]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the largest resident memory; outside of low and high would surprise us."""
+
+    low_bytes: int
+    expected_bytes: int
+    high_bytes: int
+
+
+@dataclass(frozen=True)
+class Material:
+    """The encoded rows on both sides of the split."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+
+    @property
+    def longest(self) -> int:
+        return max(len(example.input_ids) for example in (*self.train, *self.held_out))
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run takes, whatever is there."""
+
+    memory: Memory
+    disk_bytes: int
+    num_steps: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A need beside what there is. `held` is by holder, `engine` or `jobs/{job}`; `refusal` is None where it fits."""
+
+    need: Need
+    device: str
+    total_memory_bytes: int
+    held: Mapping[str, int]
+    free_disk_bytes: int
+    training_seconds: float | None
+    refusal: KnowledgeEngineError | None
+    nearest_spec: TrainingSpec | None
+
+
+# --- what there is ------------------------------------------------------------------------------------------------
+
+
+class Preflight:
+    """Estimates for this machine, beside what others hold on it."""
+
+    def __init__(self, settings: Settings, state: State) -> None:
+        self._settings = settings
+        self._state = state
+
+    def estimate(self, spec: TrainingSpec, base: Base, material: Material) -> Estimate:
+        """Raises UpstreamError: STATE_UNAVAILABLE."""
+        device = devices.default_device()
+        shape = read_shape(base.folder)
+        need = compute_need(shape, spec, material, base, device)
+        room = _Room(self._settings, self._state.held_memory())
+        nearest = None if room.takes(need) else _nearest(shape, spec, material, base, device, room)
+        rate = self._tokens_per_second(spec)
+        return Estimate(
+            need=need,
+            device=device,
+            total_memory_bytes=room.total_bytes,
+            held=room.held,
+            free_disk_bytes=room.free_disk_bytes,
+            training_seconds=need.num_tokens / rate if rate else None,
+            refusal=None if room.takes(need) else room.refusal(need, spec, nearest, material.longest),
+            nearest_spec=nearest,
+        )
+
+    def demand_room(self, spec: TrainingSpec, base: Base, material: Material) -> Need:
+        """The need of a run that could start once no other job is running.
+
+        Raises:
+            StateError: MEMORY_INSUFFICIENT, with the nearest settings that would fit.
+            CapacityError: DISK_FULL.
+        """
+        estimate = self.estimate(spec, base, material)
+        if estimate.refusal is not None:
+            raise estimate.refusal
+        return estimate.need
+
+    def _tokens_per_second(self, spec: TrainingSpec) -> float | None:
+        """The rate of the newest training on the same base in the same precision; None where there was none."""
+        page = Page(_NUM_JOBS_SEARCHED, None)
+        for job in self._state.list_jobs(page)[0]:
+            if (
+                job.state is JobState.SUCCEEDED
+                and isinstance(job.spec, TrainingSpec)
+                and isinstance(job.result, TrainingResult)
+                and (job.spec.base_model, job.spec.use_qlora) == (spec.base_model, spec.use_qlora)
+                and job.result.tokens_per_second > 0
+            ):
+                return job.result.tokens_per_second
+        return None
+
+
+def demand_room(
+    settings: Settings, spec: TrainingSpec, base: Base, train: Sequence[Example], held_out: Sequence[Example]
+) -> None:
+    """The check of a worker, once the base is prepared and before it loads.
+
+    Raises:
+        StateError: MEMORY_INSUFFICIENT, with the nearest settings that would fit.
+        CapacityError: DISK_FULL.
+    """
+    try:
+        state = State.open(settings.state_url, migrate=False)
+    except KnowledgeEngineError as error:
+        _LOG.warning("the memory that this training needs is not checked: %s", error.message)
+        return
+    try:
+        Preflight(settings, state).demand_room(spec, base, Material(train, held_out))
+    finally:
+        state.close()
+
+
+class _Room:
+    """Memory and disk of this machine, and who holds how much of the memory."""
+
+    def __init__(self, settings: Settings, held: Mapping[str, int]) -> None:
+        self.total_bytes = devices.total_memory(settings)
+        self.free_disk_bytes = shutil.disk_usage(settings.data_dir).free
+        self.held = dict(held)
+        self._lasting = {holder: size for holder, size in held.items() if not holder.startswith("jobs/")}
+
+    @property
+    def available_bytes(self) -> int:
+        """For one training alone: other jobs end, the engine stays."""
+        return max(0, self.total_bytes - sum(self._lasting.values()))
+
+    def takes(self, need: Need) -> bool:
+        return self._has_memory(need) and need.disk_bytes <= self.free_disk_bytes
+
+    def refusal(
+        self, need: Need, spec: TrainingSpec, nearest: TrainingSpec | None, longest: int
+    ) -> KnowledgeEngineError:
+        if self._has_memory(need):
+            return CapacityError(
+                f"this training writes up to {_gigabytes(need.disk_bytes)} and the disk of KNOWLEDGE_DATA_DIR has "
+                f"{_gigabytes(self.free_disk_bytes)} free; make room, or set KNOWLEDGE_DATA_DIR to a larger disk",
+                reason=Reason.DISK_FULL,
+                retry_after_seconds=60,
+                needed_bytes=need.disk_bytes,
+                free_bytes=self.free_disk_bytes,
+            )
+        changes = _changes(spec, nearest)
+        advice = (
+            f"it would fit with {' and '.join(f'{field} {value}' for field, value in changes.items())}"
+            if changes
+            else f"no smaller batch helps, its longest conversation has {longest} tokens; a smaller base model would"
+        )
+        held = ", ".join(f"{holder} holds {_gigabytes(size)}" for holder, size in self._lasting.items())
+        return StateError(
+            f"this training is expected to take {_gigabytes(need.memory.expected_bytes)} of memory and "
+            f"{_gigabytes(self.available_bytes)} of {_gigabytes(self.total_bytes)} are there for it"
+            f"{f' ({held})' if held else ''}; {advice}",
+            reason=Reason.MEMORY_INSUFFICIENT,
+            violations=[Violation(f"spec.{field}", f"{value} would fit") for field, value in changes.items()],
+            needed_bytes=need.memory.expected_bytes,
+            available_bytes=self.available_bytes,
+            total_bytes=self.total_bytes,
+            holders=", ".join(f"{holder}={size}" for holder, size in self._lasting.items()),
+            longest_row=longest,
+            nearest=", ".join(f"{field}={value}" for field, value in changes.items()),
+        )
+
+    def _has_memory(self, need: Need) -> bool:
+        return need.memory.expected_bytes <= self.available_bytes
+
+
+def _nearest(
+    shape: Shape, spec: TrainingSpec, material: Material, base: Base, device: str, room: _Room
+) -> TrainingSpec | None:
+    """The first that fits of: a smaller micro-batch of the same effective batch, then the other precision too.
+
+    `max_length` is no candidate: rows are never cut, so it takes no memory that they do not.
+    """
+    for candidate in _candidates(spec):
+        if room.takes(compute_need(shape, candidate, material, base, device)):
+            return candidate
+    return None
+
+
+def _candidates(spec: TrainingSpec) -> Iterator[TrainingSpec]:
+    asked, accumulation = spec.per_device_train_batch_size, spec.gradient_accumulation_steps
+    for use_qlora in (spec.use_qlora, not spec.use_qlora):
+        for size in range(asked, 0, -1):
+            if asked % size == 0 and accumulation * (asked // size) <= _MAX_ACCUMULATION:
+                yield spec.model_copy(
+                    update={
+                        "per_device_train_batch_size": size,
+                        "gradient_accumulation_steps": accumulation * (asked // size),
+                        "use_qlora": use_qlora,
+                    }
+                )
+
+
+def _changes(spec: TrainingSpec, nearest: TrainingSpec | None) -> dict[str, object]:
+    fields = ("per_device_train_batch_size", "gradient_accumulation_steps", "use_qlora")
+    if nearest is None:
+        return {}
+    return {field: getattr(nearest, field) for field in fields if getattr(nearest, field) != getattr(spec, field)}
+
+
+def _gigabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB"
+
+
+# --- the arithmetic -----------------------------------------------------------------------------------------------
+
+
+def read_shape(folder: Path) -> Shape:
+    """The shape of a prepared base, from its config.json and the headers of its safetensors files."""
+    config = read_json(folder / "config.json")
+    tensors = {
+        name: facts for path in sorted(folder.glob("*.safetensors")) for name, facts in _read_header(path).items()
+    }
+    architecture = str(config.get("model_type", ""))
+    width = _number(config, "hidden_size", "n_embd", default=1024)
+    num_heads = _number(config, "num_attention_heads", "n_head", default=16)
+    head_width = _number(config, "head_dim", default=max(1, width // num_heads))
+    return Shape(
+        architecture=architecture,
+        width=width,
+        inner=_number(config, "intermediate_size", "n_inner", default=4 * width),
+        num_layers=_number(config, "num_hidden_layers", "n_layer", default=1),
+        num_heads=num_heads,
+        head_width=head_width,
+        key_value_width=_number(config, "num_key_value_heads", default=num_heads) * head_width,
+        vocabulary=_number(config, "vocab_size", default=32_000),
+        linears=tuple(_linears(tensors, is_transposed=architecture == "gpt2")),
+        num_weights=sum(math.prod(facts["shape"]) for facts in tensors.values()),
+        file_bytes=sum(math.prod(facts["shape"]) * _FLOAT_BYTES.get(facts["dtype"], 1) for facts in tensors.values()),
+        is_float32=all(facts["dtype"] == "F32" for facts in tensors.values()),
+    )
+
+
+def compute_need(shape: Shape, spec: TrainingSpec, material: Material, base: Base, device: str) -> Need:
+    num_steps, per_epoch = count_steps(spec, len(material.train))
+    adapter = sum(spec.lora.rank * (linear.inputs + linear.outputs) for linear in shape.adapted(spec.lora)) * 4
+    tokenizer = sum((base.folder / name).stat().st_size for name in _TOKENIZER_FILES if (base.folder / name).is_file())
+    version = adapter + tokenizer
+    return Need(
+        memory=_memory(shape, spec, material, adapter, num_steps, per_epoch, device),
+        disk_bytes=_CHECKPOINTS * (_ADAM_COPIES - 1) * adapter + 2 * version + _SMALL_FILES_BYTES,
+        num_steps=num_steps,
+        num_tokens=_count_tokens(spec, material, num_steps, per_epoch),
+    )
+
+
+def _memory(
+    shape: Shape, spec: TrainingSpec, material: Material, adapter: int, num_steps: int, per_epoch: int, device: str
+) -> Memory:
+    """All phases: loading, the steps with their checkpoints, and the comparison with the base as it is served.
+
+    On a CPU what was freed stays resident, so the largest phase decides, and what a later phase adds to it.
+    """
+    size = 2 if device == devices.CUDA and devices.has_bfloat16() else 4
+    weights = _weight_bytes(shape, size, device, use_qlora=spec.use_qlora)
+    batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch))
+    step = max(_step_bytes(shape, spec, batch, size) for batch in batches)
+    work = _ADAM_COPIES * adapter + max(step, (_ADAM_COPIES - 1) * adapter)
+    libraries = _LIBRARIES_BYTES[device]
+    if device == devices.CUDA:
+        training = libraries + weights + round(_CUDA_FRAGMENTATION * work)
+        expected = max(training, libraries + _evaluation_bytes(shape, material.held_out, size, adapter))
+        return _range(expected, shape, 0.75, 1.3)
+    training = libraries + weights + round(_FRAGMENTATION * work)
+    evaluating = libraries + _evaluation_bytes(shape, material.held_out, size, adapter)
+    return _range(max(training, evaluating), shape, 0.85, 1.18)
+
+
+def _range(expected: int, shape: Shape, low: float, high: float) -> Memory:
+    if shape.architecture not in _KNOWN:
+        low, high = low * 0.75, high * 1.5
+    return Memory(round(low * expected), expected, round(high * expected))
+
+
+def _weight_bytes(shape: Shape, size: int, device: str, *, use_qlora: bool) -> int:
+    """Resident weights while training. Files in float32 are mapped on a CPU, not copied: quantised or not, their pages
+    stay resident as long as one tensor lies in them, and the embeddings always do."""
+    linear = shape.num_linear_weights
+    quantised = round(_NF4_BYTES * linear) if use_qlora else 0
+    if device == devices.CUDA:
+        return quantised + size * (shape.num_weights - (linear if use_qlora else 0))
+    left_behind = round(_LOADING_SHARE * 4 * linear) if use_qlora else 0
+    if shape.is_float32:
+        return shape.file_bytes + quantised + left_behind
+    kept = size * (shape.num_weights - (linear if use_qlora else 0))
+    return max(shape.file_bytes, left_behind) + kept + quantised
+
+
+def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Example], size: int) -> int:
+    """Live at the largest moment of a batch, besides weights and optimizer: all that the layers keep, and the larger of
+    the head's chunk and the backward pass of one layer."""
+    longest = max(len(example.input_ids) for example in batch)
+    tokens = len(batch) * longest
+    is_padded = any(len(example.input_ids) != longest for example in batch)
+    trained = sum(sum(example.trained[1:]) for example in batch)
+    adapted = shape.adapted(spec.lora)
+    heads_width = shape.num_heads * shape.head_width
+    # With a mask, keys and values are repeated for every head.
+    keys = heads_width if is_padded else shape.key_value_width
+    inner = _KNOWN.get(shape.architecture, 4)
+    numbers = 4 * shape.width + 2 * heads_width + 2 * keys + inner * shape.inner
+    kept = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
+    if spec.lora.dropout:
+        kept += tokens * sum(linear.inputs for linear in adapted)
+    if is_padded:
+        kept += size * shape.num_layers * len(batch) * longest**2
+    kept += 2 * size * (tokens + trained) * shape.width
+    head = _HEAD_COPIES * 4 * min(trained, CHUNK_POSITIONS) * shape.vocabulary
+    backward = _INNER_BACKWARD_COPIES * size * tokens * shape.inner
+    if spec.use_qlora:
+        backward += 2 * 4 * shape.width * shape.inner
+    return kept + max(head, backward)
+
+
+def _evaluation_bytes(shape: Shape, held_out: Sequence[Example], size: int, adapter: int) -> int:
+    """The base as it is served, with the adapter; nothing is kept for a backward pass."""
+    if not held_out:
+        return 0
+    lengths = sorted(len(example.input_ids) for example in held_out)
+    tokens = EVALUATION_BATCH_SIZE * lengths[-1]
+    layer = size * tokens * (6 * shape.width + 3 * shape.inner)
+    head = 2 * 4 * min(tokens, CHUNK_POSITIONS) * shape.vocabulary
+    return max(shape.file_bytes, size * shape.num_weights) + 2 * adapter + layer + head
+
+
+def _batches(spec: TrainingSpec, examples: Sequence[Example], num_steps: int) -> Iterator[list[Example]]:
+    lengths = [len(example.input_ids) for example in examples]
+    for window in islice(plan_windows(lengths, spec), num_steps):
+        for members in window:
+            yield [examples[index] for index in members]
+
+
+def _count_tokens(spec: TrainingSpec, material: Material, num_steps: int, per_epoch: int) -> int:
+    """Whole epochs go through everything once; of the last one only the steps that are left count."""
+    lengths = [len(example.input_ids) for example in material.train]
+    whole, left = divmod(num_steps, per_epoch)
+    windows = islice(plan_windows(lengths, spec, first_epoch=whole), left)
+    return whole * sum(lengths) + sum(lengths[index] for window in windows for batch in window for index in batch)
+
+
+def _linears(tensors: Mapping[str, Any], *, is_transposed: bool) -> Iterator[Linear]:
+    for name, facts in tensors.items():
+        module = name.removesuffix(".weight")
+        shape = facts["shape"]
+        if len(shape) != 2 or module == name or module.rpartition(".")[2] in _EMBEDDINGS or not _LAYER.search(name):
+            continue
+        outputs, inputs = reversed(shape) if is_transposed else shape
+        yield Linear(module, inputs, outputs)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Tensors by name: `dtype` and `shape`."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: facts for name, facts in header.items() if name != "__metadata__"}
+
+
+def _number(config: Mapping[str, Any], *keys: str, default: int) -> int:
+    values = [config[key] for key in keys if isinstance(config.get(key), int) and config[key] > 0]
+    return values[0] if values else default

@@ -78,7 +78,7 @@ def _allow_origins(app: FastAPI, settings: Settings) -> None:
             allow_origins=settings.allowed_origins,
             allow_credentials="*" not in settings.allowed_origins,
             allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=("Authorization", "X-API-Key", "X-Request-ID", "Last-Event-ID"),
+            allow_headers=("Authorization", "X-API-Key", "X-Request-ID", "Last-Event-ID", "Idempotency-Key"),
             expose_headers=("X-Request-ID", "Link", "Retry-After"),
         )
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from gateway import schemas
-from gateway.rest_json import plain_id, seconds, timestamp
-from knowledge_engine.v1 import generation_pb2, inference_pb2, jobs_pb2, models_pb2
+from gateway.rest_json import enum_word, plain_id, seconds, timestamp, to_json
+from gateway.specs import CONTRACT_NAMES
+from knowledge_engine.v1 import generation_pb2, inference_pb2, jobs_pb2, models_pb2, training_pb2
 
 _PROVIDERS: Mapping[int, Literal["offline", "openai"]] = {
     generation_pb2.GENERATION_PROVIDER_OFFLINE: "offline",
@@ -25,6 +26,12 @@ _STATUS: dict[tuple[int, str], schemas.JobStatus] = {
     (jobs_pb2.JOB_STATE_RUNNING, "training"): "training",
     (jobs_pb2.JOB_STATE_RUNNING, "evaluating"): "training",
     (jobs_pb2.JOB_STATE_RUNNING, "publishing"): "training",
+    # The first release could not pause: the word is that of where the job stands.
+    (jobs_pb2.JOB_STATE_PAUSED, ""): "starting",
+    (jobs_pb2.JOB_STATE_PAUSED, "generating"): "preparing_data",
+    (jobs_pb2.JOB_STATE_PAUSED, "training"): "training",
+    (jobs_pb2.JOB_STATE_PAUSED, "evaluating"): "training",
+    (jobs_pb2.JOB_STATE_PAUSED, "publishing"): "training",
     (jobs_pb2.JOB_STATE_CANCELLING, ""): "cancelled",
     (jobs_pb2.JOB_STATE_CANCELLED, ""): "cancelled",
     (jobs_pb2.JOB_STATE_SUCCEEDED, ""): "completed",
@@ -89,7 +96,29 @@ def training_status(job: jobs_pb2.Job, now: datetime | None = None) -> schemas.T
         estimated_remaining=duration(seconds(progress.eta)) if running and progress.HasField("eta") else None,
         metrics=metrics,
         error=job.error.message if job.HasField("error") else None,
+        state=enum_word(jobs_pb2.JobState.DESCRIPTOR, job.state),
     )
+
+
+def train_estimate(estimate: training_pb2.TrainingEstimate) -> dict[str, Any]:
+    """The contract's estimate with the nearest settings in the words that `training_config` takes."""
+    values = to_json(estimate)
+    values["held_memory_bytes"] = {plain_id(holder): held for holder, held in estimate.held_memory_bytes.items()}
+    nearest = values.pop("nearest_spec")
+    values["nearest_config"] = _training_config(nearest) if nearest else None
+    return values
+
+
+def _training_config(spec: Mapping[str, Any]) -> dict[str, Any]:
+    words = {contract: word for word, contract in CONTRACT_NAMES.items()}
+    config = {words.get(name, name): value for name, value in spec.items() if value is not None}
+    if (lora := config.get("lora")) is not None:
+        config["lora"] = {name: value for name, value in lora.items() if value is not None}
+    if "epochs" in config:
+        config["epochs"] = round(config["epochs"])  # whole, as it was in the request
+    for field in ("base_model", "dataset", "model"):
+        config.pop(field, None)
+    return config
 
 
 def train_response(job: jobs_pb2.Job) -> schemas.TrainResponse:

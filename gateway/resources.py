@@ -12,10 +12,8 @@ from google.protobuf.descriptor import Descriptor
 from pydantic import BaseModel, Field
 
 from gateway.problems import Failure
-from gateway.schemas import Time
+from gateway.schemas import MemoryRange, State, Time
 from knowledge_engine.v1 import datasets_pb2, generation_pb2, jobs_pb2, models_pb2, training_pb2
-
-State = Literal["QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED"]
 
 
 class LoraConfig(BaseModel):
@@ -49,6 +47,8 @@ class TrainingSpec(BaseModel):
     eval_steps: int | None
     logging_steps: int | None
     seed: int | None
+    save_steps: int | None
+    auto_find_batch_size: bool | None
 
 
 class GenerationSpec(BaseModel):
@@ -160,6 +160,9 @@ class Job(BaseModel):
     creator: str
     tracker_run: TrackerRun | None
     last_sequence: int
+    pause_requested: bool = Field(description="It will be PAUSED as soon as its checkpoint is durable.")
+    queue_position: int | None = Field(description="From 1, while it is QUEUED.")
+    checkpoint_step: int | None = Field(description="Optimizer steps behind its newest checkpoint.")
 
 
 class StateChange(BaseModel):
@@ -184,6 +187,13 @@ class JobWarning(BaseModel):
     message: str
 
 
+class Checkpoint(BaseModel):
+    """What is done so far is safe."""
+
+    step: int
+    size_bytes: int
+
+
 class JobEvent(BaseModel):
     """One entry of a job's log; the data of a server-sent event."""
 
@@ -195,6 +205,7 @@ class JobEvent(BaseModel):
     log: LogLine | None = None
     warning: JobWarning | None = None
     result: JobResult | None = None
+    checkpoint: Checkpoint | None = None
 
 
 class Dataset(BaseModel):
@@ -263,6 +274,7 @@ MIRRORS: Mapping[type[BaseModel], Descriptor] = {
     LoraConfig: training_pb2.LoraConfig.DESCRIPTOR,
     TrainingSpec: training_pb2.TrainingSpec.DESCRIPTOR,
     TrainingResult: training_pb2.TrainingResult.DESCRIPTOR,
+    MemoryRange: training_pb2.TrainingEstimate.MemoryRange.DESCRIPTOR,
     HeldOutComparison: training_pb2.HeldOutComparison.DESCRIPTOR,
     GenerationSpec: generation_pb2.GenerationSpec.DESCRIPTOR,
     GenerationResult: generation_pb2.GenerationResult.DESCRIPTOR,
@@ -274,6 +286,7 @@ MIRRORS: Mapping[type[BaseModel], Descriptor] = {
     StateChange: jobs_pb2.JobEvent.StateChange.DESCRIPTOR,
     LogLine: jobs_pb2.JobEvent.LogLine.DESCRIPTOR,
     JobWarning: jobs_pb2.JobEvent.Warning.DESCRIPTOR,
+    Checkpoint: jobs_pb2.JobEvent.Checkpoint.DESCRIPTOR,
     JobEvent: jobs_pb2.JobEvent.DESCRIPTOR,
     Dataset: datasets_pb2.Dataset.DESCRIPTOR,
     ModelVersion: models_pb2.ModelVersion.DESCRIPTOR,

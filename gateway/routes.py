@@ -33,6 +33,18 @@ VersionNumber = Annotated[str, Path(alias="n", description="A version number, co
 PageSize = Annotated[int, Query(ge=0, le=1000, description="Entries on a page; 50 when 0 or absent.")]
 PageToken = Annotated[str, Query(max_length=1024, description="`next_page_token` of the page before.")]
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern="^[ -~]+$",
+        description="Makes the call safe to repeat: the same key and body return the job of the first call, the same "
+        "key and another body are refused as REQUEST_ID_REUSED. Printable ASCII, such as a UUID; kept as long as the "
+        "job.",
+    ),
+]
+
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -44,11 +56,28 @@ PageToken = Annotated[str, Query(max_length=1024, description="`next_page_token`
     openapi_extra=rpc("JobService.CreateTrainingJob"),
     tags=["training"],
 )
-async def train(body: schemas.TrainRequest, calls: Call) -> schemas.TrainResponse:
+async def train(
+    body: schemas.TrainRequest, calls: Call, idempotency_key: IdempotencyKey = None
+) -> schemas.TrainResponse:
     """Queues a fine-tuning run."""
-    message = jobs_pb2.CreateTrainingJobRequest(spec=specs.training_spec(body))
+    message = jobs_pb2.CreateTrainingJobRequest(spec=specs.training_spec(body), request_id=idempotency_key or "")
     answer = await calls.unary(calls.server.jobs.CreateTrainingJob, message)
     return original.train_response(answer.job)
+
+
+@router.post(
+    "/train/estimate",
+    response_model=schemas.TrainEstimateResponse,
+    response_model_exclude_unset=True,
+    responses=errors(404, 429, *JSON_BODY),
+    openapi_extra=rpc("JobService.EstimateTrainingJob"),
+    tags=["training"],
+)
+async def estimate_training(body: schemas.TrainRequest, calls: Call) -> dict[str, Any]:
+    """Says what a fine-tuning run would take and whether it would be accepted; nothing is queued or loaded."""
+    message = jobs_pb2.EstimateTrainingJobRequest(spec=specs.training_spec(body))
+    answer = await calls.unary(calls.server.jobs.EstimateTrainingJob, message)
+    return original.train_estimate(answer.estimate)
 
 
 @router.get(
@@ -72,9 +101,11 @@ async def training_status(
     openapi_extra=rpc("JobService.CreateGenerationJob"),
     tags=["data"],
 )
-async def generate_data(body: schemas.GenerateDataRequest, calls: Call) -> schemas.GenerateDataResponse:
+async def generate_data(
+    body: schemas.GenerateDataRequest, calls: Call, idempotency_key: IdempotencyKey = None
+) -> schemas.GenerateDataResponse:
     """Queues the generation of training conversations from a catalogue."""
-    message = jobs_pb2.CreateGenerationJobRequest(spec=specs.generation_spec(body))
+    message = jobs_pb2.CreateGenerationJobRequest(spec=specs.generation_spec(body), request_id=idempotency_key or "")
     answer = await calls.unary(calls.server.jobs.CreateGenerationJob, message)
     return original.generate_data_response(answer.job)
 
@@ -121,13 +152,42 @@ async def cancel_job(job_id: Id, calls: Call) -> dict[str, Any]:
     return to_json((await calls.unary(calls.server.jobs.CancelJob, message)).job)
 
 
+@router.post(
+    "/jobs/{id}/pause",
+    response_model=resources.Job,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+    openapi_extra=rpc("JobService.PauseJob"),
+    tags=["jobs"],
+)
+async def pause_job(job_id: Id, calls: Call) -> dict[str, Any]:
+    """Puts a job aside, a running one as soon as its checkpoint is durable; repeating it returns the job."""
+    message = jobs_pb2.PauseJobRequest(name=f"jobs/{job_id}")
+    return to_json((await calls.unary(calls.server.jobs.PauseJob, message)).job)
+
+
+@router.post(
+    "/jobs/{id}/resume",
+    response_model=resources.Job,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+    openapi_extra=rpc("JobService.ResumeJob"),
+    tags=["jobs"],
+)
+async def resume_job(job_id: Id, calls: Call) -> dict[str, Any]:
+    """Queues a paused job again; it goes on from its checkpoint. A job that is not paused is returned as it is."""
+    message = jobs_pb2.ResumeJobRequest(name=f"jobs/{job_id}")
+    return to_json((await calls.unary(calls.server.jobs.ResumeJob, message)).job)
+
+
 @router.get(
     "/jobs/{id}/events",
     response_model=None,
     responses={
         200: {
-            "description": "Events of type `state_change`, `progress`, `log`, `warning` or `result`, each with its "
-            "sequence number as id; `error` with a problem when the stream breaks. Ends after the terminal event.",
+            "description": "Events of type `state_change`, `progress`, `checkpoint`, `log`, `warning` or `result`, "
+            "each with its sequence number as id; `error` with a problem when the stream breaks. Ends after the "
+            "terminal event.",
             "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/JobEvent"}}},
         },
         204: {"description": "The job has ended and Last-Event-ID names its last event: a browser stops asking."},

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from knowledge_engine.core import ServiceState
 
+State = Literal["QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED", "PAUSED"]
 JobStatus = Literal["starting", "preparing_data", "training", "completed", "failed", "cancelled"]
 FinishReason = Literal["stop", "length"]
 Time = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
@@ -63,6 +64,15 @@ class TrainingConfig(Strict):
     eval_steps: int = Field(0, ge=0, le=1_000_000, description="Evaluate every so many steps; 0 only at the end.")
     logging_steps: int = Field(1, ge=1, le=10_000, description="Report progress every so many steps.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of split, order, initialisation and dropout.")
+    save_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Checkpoint every so many steps; 0 every few minutes, as the deployment says.",
+    )
+    auto_find_batch_size: bool = Field(
+        False, description="When memory runs out go on once with half of `batch_size` and twice the accumulation."
+    )
 
 
 class TrainRequest(Strict):
@@ -153,13 +163,64 @@ class TrainingStatusResponse(BaseModel):
     """How far a job is."""
 
     job_id: str
-    status: JobStatus
+    status: JobStatus = Field(description="A paused job keeps the word it had; `state` tells it.")
     progress: float = Field(ge=0, le=100, description="Percent of its steps.")
     started_at: Time | None
     elapsed_time: str = Field(description="Such as `2 minutes 5 seconds`.")
     estimated_remaining: str | None
     metrics: TrainingMetrics
     error: str | None
+    state: State | None = Field(description="The state as `GET /jobs/{id}` tells it, such as `PAUSED`.")
+
+
+class MemoryRange(BaseModel):
+    """Bytes of memory."""
+
+    low_bytes: int = Field(description="Less would surprise us.")
+    expected_bytes: int
+    high_bytes: int = Field(description="More would surprise us.")
+
+
+class FittingConfig(BaseModel):
+    """A `training_config` to send; what is absent stays at its default."""
+
+    epochs: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    max_length: int | None = None
+    use_qlora: bool | None = None
+    lora: dict[str, Any] | None = None
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
+    warmup_ratio: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    max_steps: int | None = None
+    gradient_accumulation_steps: int | None = None
+    eval_split: float | None = None
+    eval_steps: int | None = None
+    logging_steps: int | None = None
+    seed: int | None = None
+    save_steps: int | None = None
+    auto_find_batch_size: bool | None = None
+
+
+class TrainEstimateResponse(BaseModel):
+    """What a fine-tuning run would take, found out without loading anything."""
+
+    memory: MemoryRange | None = Field(description="Largest resident memory of the worker on its device.")
+    device: str = Field(description="`cpu` or `cuda`.")
+    total_memory_bytes: int = Field(description="Memory of the device that the service may use.")
+    held_memory_bytes: dict[str, int] = Field(description="What others hold of it now: `engine`, or a job's id.")
+    disk_bytes: int = Field(description="What the run writes to the disk at most.")
+    free_disk_bytes: int
+    num_steps: int = Field(description="Optimizer steps.")
+    num_tokens: int = Field(description="Tokens that go through the model, padding left out.")
+    training_time_seconds: float | None = Field(description="At the newest run's rate; null while there was none.")
+    fits: bool = Field(description="Whether the run would be accepted.")
+    refusal: str = Field(description="Why it would not, in a sentence; empty when it would.")
+    nearest_config: FittingConfig | None = Field(
+        description="The nearest settings that would fit; null when these do, or when none would."
+    )
 
 
 class GenerateDataResponse(BaseModel):

@@ -14,7 +14,7 @@ from knowledge_engine.v1 import datasets_pb2, generation_pb2, inference_pb2, tra
 
 BASE = "base"
 # What the first release calls these; every other name is the contract's own.
-_CONTRACT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+CONTRACT_NAMES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 _VERSIONED = re.compile(r"([^:]*):([0-9]+)")
 
 
@@ -32,7 +32,7 @@ def training_spec(body: schemas.TrainRequest) -> training_pb2.TrainingSpec:
     if scheduler := values.pop("lr_scheduler_type", None):
         spec.lr_scheduler_type = training_pb2.LrSchedulerType.Value(f"LR_SCHEDULER_TYPE_{scheduler.upper()}")
     for name, value in values.items():
-        setattr(spec, _CONTRACT_NAMES.get(name, name), value)
+        setattr(spec, CONTRACT_NAMES.get(name, name), value)
     return spec
 
 

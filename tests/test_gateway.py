@@ -32,7 +32,7 @@ from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText
 from knowledge_engine.v1 import jobs_pb2, jobs_pb2_grpc
-from tests.running import Service, end, start
+from tests.running import Service, end, start, wait_until
 from tests.tiny import build_tiny_adapter
 
 STARTUP_SECONDS = 150.0
@@ -240,12 +240,43 @@ def test_a_cancelled_jobs_stream_ends(client: httpx2.Client) -> None:
     assert client.post(f"/api/v1/jobs/{job_id}/cancel").json()["state"] == "CANCELLED"
 
 
+def test_a_job_is_paused_and_resumed_over_rest(client: httpx2.Client) -> None:
+    body = {"number_of_conversations": 100_000, "difficulty_level": "complex"}
+    job_id = client.post("/api/v1/data/generate", json=body).json()["job_id"]
+    for _ in range(2):
+        paused = client.post(f"/api/v1/jobs/{job_id}/pause").json()
+        assert paused["state"] == "PAUSED" or paused["pause_requested"]
+    wait_until(lambda: client.get(f"/api/v1/jobs/{job_id}").json()["state"] == "PAUSED")
+    assert client.get(f"/api/v1/training/status/{job_id}").json()["state"] == "PAUSED"
+    resumed = client.post(f"/api/v1/jobs/{job_id}/resume").json()
+    assert resumed["state"] in ("QUEUED", "RUNNING")
+    assert resumed["state"] != "QUEUED" or resumed["queue_position"] >= 1
+    assert client.post(f"/api/v1/jobs/{job_id}/cancel").json()["state"] in ("CANCELLING", "CANCELLED")
+    for verb in ("pause", "resume"):
+        answer = client.post(f"/api/v1/jobs/{job_id}/{verb}")
+        assert (answer.status_code, answer.json()["code"]) == (400, "FAILED_PRECONDITION")
+
+
+def test_a_repeated_key_makes_one_job(client: httpx2.Client) -> None:
+    def create(key: str, seed: int) -> httpx2.Response:
+        body = {"number_of_conversations": 10, "seed": seed}
+        return client.post("/api/v1/data/generate", json=body, headers={"Idempotency-Key": key})
+
+    first = create("once", 1).json()
+    assert create("once", 1).json()["job_id"] == first["job_id"]
+    assert create("twice", 1).json()["job_id"] != first["job_id"]
+    other = create("once", 2)
+    assert (other.status_code, other.json()["reason"]) == (400, "REQUEST_ID_REUSED")
+
+
 @pytest.mark.parametrize("trick", TRICKS)
 def test_tricks_in_ids_are_typed_problems(trick: str, client: httpx2.Client) -> None:
     routes = [
         ("GET", "/api/v1/jobs/{}"),
         ("GET", "/api/v1/jobs/{}/events"),
         ("POST", "/api/v1/jobs/{}/cancel"),
+        ("POST", "/api/v1/jobs/{}/pause"),
+        ("POST", "/api/v1/jobs/{}/resume"),
         ("GET", "/api/v1/training/status/{}"),
         ("GET", "/api/v1/datasets/{}"),
         ("DELETE", "/api/v1/datasets/{}"),
@@ -274,6 +305,7 @@ def test_tricks_in_names_of_bodies_are_typed_problems(trick: str, client: httpx2
     bodies = [
         ("/api/v1/train", {"dataset_name": trick}),
         ("/api/v1/train", {"dataset_name": "made", "model_name": trick}),
+        ("/api/v1/train/estimate", {"dataset_name": trick}),
         ("/api/v1/data/generate", {"number_of_conversations": 10, "catalogue": trick}),
     ]
     if trick != "base":

@@ -9,11 +9,11 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 from pydantic import BaseModel
 
-from gateway import original
+from gateway import original, specs
 from gateway.resources import MIRRORS, Job, JobEvent
 from gateway.rest_json import rest_name, to_json
-from gateway.schemas import LoraSettings, TrainingConfig
-from gateway.specs import _CONTRACT_NAMES
+from gateway.schemas import FittingConfig, LoraSettings, TrainEstimateResponse, TrainingConfig, TrainRequest
+from gateway.specs import CONTRACT_NAMES
 from knowledge_engine.v1 import datasets_pb2, inference_pb2, jobs_pb2, models_pb2, training_pb2
 
 
@@ -23,7 +23,7 @@ def test_a_mirror_has_the_fields_of_its_message(model: type[BaseModel], message:
 
 
 def test_training_config_takes_every_field_of_the_spec() -> None:
-    named = {_CONTRACT_NAMES.get(name, name) for name in TrainingConfig.model_fields}
+    named = {CONTRACT_NAMES.get(name, name) for name in TrainingConfig.model_fields}
     spec = {field.name for field in training_pb2.TrainingSpec.DESCRIPTOR.fields}
     assert named == spec - {"base_model", "dataset", "model"}
     assert set(LoraSettings.model_fields) == {field.name for field in training_pb2.LoraConfig.DESCRIPTOR.fields}
@@ -50,7 +50,7 @@ def test_a_job_reads_as_documented() -> None:
     Job.model_validate(plain, strict=True)
 
 
-@pytest.mark.parametrize("payload", ["state_change", "progress", "log", "warning", "result"])
+@pytest.mark.parametrize("payload", ["state_change", "progress", "log", "warning", "result", "checkpoint"])
 def test_an_event_holds_its_payload_alone(payload: str) -> None:
     event = jobs_pb2.JobEvent(job="jobs/a", sequence=3)
     getattr(event, payload).SetInParent()
@@ -70,7 +70,7 @@ def test_every_enum_value_has_a_word() -> None:
         assert to_json(datasets_pb2.Dataset(kind=kind))["kind"] == word  # type: ignore[arg-type]
     state_names = [value.name for value in jobs_pb2.JobState.DESCRIPTOR.values]
     states = [to_json(jobs_pb2.Job(state=jobs_pb2.JobState.Value(name)))["state"] for name in state_names]
-    assert states == [None, "QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED"]
+    assert states == [None, "QUEUED", "RUNNING", "CANCELLING", "SUCCEEDED", "FAILED", "CANCELLED", "PAUSED"]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,12 @@ def test_every_enum_value_has_a_word() -> None:
         ("CANCELLED", "", "cancelled"),
         ("SUCCEEDED", "publishing", "completed"),
         ("FAILED", "training", "failed"),
+        ("PAUSED", "", "starting"),
+        ("PAUSED", "loading", "starting"),
+        ("PAUSED", "generating", "preparing_data"),
+        ("PAUSED", "training", "training"),
+        ("PAUSED", "evaluating", "training"),
+        ("PAUSED", "publishing", "training"),
     ],
 )
 def test_states_read_in_the_first_releases_words(state: str, phase: str, word: str) -> None:
@@ -134,7 +140,50 @@ def test_the_status_page_tells_only_what_is_known() -> None:
             "epoch": None,
         },
         "error": None,
+        "state": "QUEUED",
     }
+
+
+def test_a_paused_job_shows_as_such_on_the_status_page() -> None:
+    job = jobs_pb2.Job(name="jobs/a", state=jobs_pb2.JOB_STATE_PAUSED)
+    job.progress.MergeFrom(jobs_pb2.Progress(phase="training", step=30, total_steps=120))
+    job.progress.eta.FromSeconds(60)
+    page = original.training_status(job)
+    assert (page.status, page.state, page.progress, page.estimated_remaining) == ("training", "PAUSED", 25.0, None)
+
+
+def test_an_estimate_has_every_field_of_the_contract_and_settings_that_train_takes() -> None:
+    names = [rest_name(field) for field in training_pb2.TrainingEstimate.DESCRIPTOR.fields]
+    assert list(TrainEstimateResponse.model_fields) == [
+        "nearest_config" if name == "nearest_spec" else name for name in names
+    ]
+    assert list(FittingConfig.model_fields) == list(TrainingConfig.model_fields)
+    estimate = training_pb2.TrainingEstimate(
+        memory=training_pb2.TrainingEstimate.MemoryRange(low_bytes=1, expected_bytes=2, high_bytes=3),
+        held_memory_bytes={"engine": 5, "jobs/j": 7},
+        refusal="too much",
+    )
+    estimate.training_time.FromMilliseconds(1500)
+    estimate.nearest_spec.MergeFrom(
+        training_pb2.TrainingSpec(
+            dataset="datasets/d", model="models/m", per_device_train_batch_size=2, num_train_epochs=2, max_length=512
+        )
+    )
+    estimate.nearest_spec.lora.rank = 8
+    plain = original.train_estimate(estimate)
+    assert plain["memory"] == {"low_bytes": 1, "expected_bytes": 2, "high_bytes": 3}
+    assert plain["held_memory_bytes"] == {"engine": 5, "j": 7}
+    assert plain["training_time_seconds"] == 1.5
+    config = plain["nearest_config"]
+    assert config == {"batch_size": 2, "epochs": 2.0, "max_length": 512, "lora": {"rank": 8, "target_modules": []}}
+    TrainEstimateResponse.model_validate(plain)
+    sent = specs.training_spec(TrainRequest(dataset_name="d", training_config=config))
+    assert (sent.per_device_train_batch_size, sent.num_train_epochs, sent.lora.rank) == (2, 2.0, 8)
+    estimate.ClearField("nearest_spec")
+    estimate.ClearField("training_time")
+    plain = original.train_estimate(estimate)
+    assert plain["nearest_config"] is None
+    assert plain["training_time_seconds"] is None
 
 
 def test_the_status_page_of_a_running_job() -> None:

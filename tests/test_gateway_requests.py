@@ -16,10 +16,11 @@ from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.app import create_app
+from gateway.schemas import TrainingConfig
 from gateway.strict import MAX_JSON_BYTES
 from gateway.uploads import MAX_UPLOAD_BYTES
 from knowledge_engine.settings import Settings
-from knowledge_engine.v1 import datasets_pb2, generation_pb2, inference_pb2, jobs_pb2, models_pb2
+from knowledge_engine.v1 import datasets_pb2, generation_pb2, inference_pb2, jobs_pb2, models_pb2, training_pb2
 from tests.fakes_server import METHODS, ScriptedServer, scripted_server, status
 
 KEYS = "shop:correct-horse-9,crm:battery-staple-8"
@@ -36,6 +37,11 @@ async def server() -> AsyncIterator[ScriptedServer]:
         job = jobs_pb2.Job(name="jobs/j", state=jobs_pb2.JOB_STATE_QUEUED, create_time=Timestamp(seconds=1))
         scripted.script["GetJob"] = jobs_pb2.GetJobResponse(job=job)
         scripted.script["CancelJob"] = jobs_pb2.CancelJobResponse(job=job)
+        scripted.script["PauseJob"] = jobs_pb2.PauseJobResponse(job=job)
+        scripted.script["ResumeJob"] = jobs_pb2.ResumeJobResponse(job=job)
+        scripted.script["EstimateTrainingJob"] = jobs_pb2.EstimateTrainingJobResponse(
+            estimate=training_pb2.TrainingEstimate(device="cpu", num_steps=7, fits=True)
+        )
         scripted.script["ListJobs"] = jobs_pb2.ListJobsResponse(jobs=[job])
         job.training.model = "models/m"
         scripted.script["CreateTrainingJob"] = jobs_pb2.CreateTrainingJobResponse(job=job)
@@ -102,6 +108,8 @@ async def test_train_passes_every_field_on(server: ScriptedServer, client: httpx
         "eval_steps": 3,
         "logging_steps": 5,
         "seed": 1,
+        "save_steps": 6,
+        "auto_find_batch_size": True,
     }
     body = {"dataset_name": "d", "model_name": "m", "base_model": "small", "training_config": config}
     await client.post("/api/v1/train", json=body)
@@ -115,7 +123,94 @@ async def test_train_passes_every_field_on(server: ScriptedServer, client: httpx
         "seed": "1",
     }
     del expected["epochs"], expected["batch_size"]
+    assert set(config) == set(TrainingConfig.model_fields)
     assert sent(server)["spec"] == expected
+    await client.post("/api/v1/train/estimate", json=body)
+    assert server.received[-1].method == "EstimateTrainingJob"
+    assert sent(server)["spec"] == expected
+
+
+@pytest.mark.parametrize(("field", "other"), [("save_steps", 9), ("auto_find_batch_size", True)])
+async def test_another_value_of_a_new_field_is_another_request(
+    field: str, other: Any, server: ScriptedServer, client: httpx2.AsyncClient
+) -> None:
+    specs = []
+    for config in ({}, {field: TrainingConfig.model_fields[field].default}, {field: other}):
+        await client.post("/api/v1/train", json={"dataset_name": "d", "training_config": config})
+        specs.append(server.received[-1].request.SerializeToString())
+    assert len(set(specs)) == 3
+
+
+async def test_an_estimate_reads_as_documented(server: ScriptedServer, client: httpx2.AsyncClient) -> None:
+    answer = await client.post("/api/v1/train/estimate", json={"dataset_name": "d"})
+    assert answer.json() == {
+        "memory": None,
+        "device": "cpu",
+        "total_memory_bytes": 0,
+        "held_memory_bytes": {},
+        "disk_bytes": 0,
+        "free_disk_bytes": 0,
+        "num_steps": 7,
+        "num_tokens": 0,
+        "training_time_seconds": None,
+        "fits": True,
+        "refusal": "",
+        "nearest_config": None,
+    }
+    nearest = training_pb2.TrainingSpec(dataset="datasets/d", model="models/d", per_device_train_batch_size=2)
+    estimate = training_pb2.TrainingEstimate(refusal="too much", nearest_spec=nearest)
+    server.script["EstimateTrainingJob"] = jobs_pb2.EstimateTrainingJobResponse(estimate=estimate)
+    body = (await client.post("/api/v1/train/estimate", json={"dataset_name": "d"})).json()
+    assert (body["fits"], body["refusal"], body["nearest_config"]) == (False, "too much", {"batch_size": 2})
+
+
+CREATING = [("/api/v1/train", {"dataset_name": "d"}), ("/api/v1/data/generate", {"number_of_conversations": 10})]
+
+
+@pytest.mark.parametrize(("path", "body"), CREATING)
+async def test_an_idempotency_key_is_the_request_id(
+    path: str, body: Any, server: ScriptedServer, client: httpx2.AsyncClient
+) -> None:
+    for key in ("k", "0b9f6c1e-31c6-4f0c-9a0e-000000000001", "a b~!", "x" * 255):
+        assert (await client.post(path, json=body, headers={"idempotency-key": key})).status_code == 200
+        assert server.received[-1].request.request_id == key
+    await client.post(path, json=body)
+    assert server.received[-1].request.request_id == ""
+
+
+@pytest.mark.parametrize(("path", "body"), CREATING)
+@pytest.mark.parametrize(
+    "key", ["", "x" * 256, b"caf\xc3\xa9", "a\tb", "\x7f"], ids=["empty", "long", "utf8", "tab", "del"]
+)
+async def test_an_idempotency_key_of_another_shape_is_422(
+    path: str, body: Any, key: Any, server: ScriptedServer, client: httpx2.AsyncClient
+) -> None:
+    answer = await client.post(path, json=body, headers={"idempotency-key": key})
+    assert (answer.status_code, answer.json()["reason"]) == (422, "SPEC_INVALID")
+    assert answer.json()["violations"][0]["field"].lower() == "idempotency-key"
+    assert not server.received
+
+
+async def test_a_key_of_another_request_is_refused_with_its_reason(
+    server: ScriptedServer, client: httpx2.AsyncClient
+) -> None:
+    reused = status(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED")
+    server.script["CreateTrainingJob"] = server.script["CreateGenerationJob"] = reused
+    for path, body in CREATING:
+        answer = await client.post(path, json=body, headers={"idempotency-key": "k"})
+        assert (answer.status_code, answer.json()["reason"]) == (400, "REQUEST_ID_REUSED")
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "cancel"])
+async def test_a_job_is_paused_resumed_and_cancelled_by_its_id(
+    verb: str, server: ScriptedServer, client: httpx2.AsyncClient
+) -> None:
+    answer = await client.post(f"/api/v1/jobs/j/{verb}")
+    assert (answer.status_code, answer.json()["id"], answer.json()["queue_position"]) == (200, "j", None)
+    assert (server.received[-1].method, sent(server)) == (f"{verb.capitalize()}Job", {"name": "jobs/j"})
+    server.script[f"{verb.capitalize()}Job"] = status(grpc.StatusCode.FAILED_PRECONDITION, "JOB_ENDED")
+    answer = await client.post(f"/api/v1/jobs/j/{verb}")
+    assert (answer.status_code, answer.json()["reason"]) == (400, "JOB_ENDED")
 
 
 async def test_nulls_of_optional_fields_are_absences(server: ScriptedServer, client: httpx2.AsyncClient) -> None:
@@ -218,6 +313,13 @@ async def test_inference_passes_every_field_on(server: ScriptedServer, client: h
         ("/train", {"dataset_name": "d", "training_config": {"use_qlora": 1}}, "training_config.use_qlora"),
         ("/train", {"dataset_name": "d", "training_config": {"lora": {"rank": 0}}}, "training_config.lora.rank"),
         ("/train", {"dataset_name": "d", "training_config": {"lr": 1}}, "training_config.lr"),
+        ("/train", {"dataset_name": "d", "training_config": {"save_steps": -1}}, "training_config.save_steps"),
+        (
+            "/train",
+            {"dataset_name": "d", "training_config": {"auto_find_batch_size": 1}},
+            "training_config.auto_find_batch_size",
+        ),
+        ("/train/estimate", {"dataset_name": "d", "training_config": {"epochs": 0}}, "training_config.epochs"),
         ("/data/generate", {"number_of_conversations": 9}, "number_of_conversations"),
         ("/data/generate", {"number_of_conversations": 100_001}, "number_of_conversations"),
         ("/data/generate", {"number_of_conversations": 10, "difficulty_level": "easy"}, "difficulty_level"),

@@ -34,6 +34,7 @@ from knowledge_engine.bases import Base, describe_origin, prepare_base
 from knowledge_engine.core import BASE
 from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.inference.client import LOADING_RETRY_SECONDS, RETRY_SECONDS, check_private, socket_path
+from knowledge_engine.inference.lease import MemoryLease
 from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
     Abort,
@@ -84,6 +85,7 @@ class Engine:
         self._requests: set[Key] = set()
         self._numbers = itertools.count(1)
         self._last_report = 0.0
+        self._lease = MemoryLease(settings)
         self._origin = ""  # where the base comes from, once that is known
         self._failed = False
 
@@ -97,12 +99,13 @@ class Engine:
             server = await asyncio.start_unix_server(self._serve, sock=_listen(self._path))
             thread = threading.Thread(target=self._own_model, name="model", daemon=True)
             thread.start()
+            self._lease.start()
             await self._wait(parent_pid)
             server.close()
             await self._say_goodbye()
             self._path.unlink(missing_ok=True)
             self._commands.put(None)
-            await asyncio.to_thread(thread.join, STOP_SECONDS)
+            await asyncio.gather(asyncio.to_thread(thread.join, STOP_SECONDS), asyncio.to_thread(self._lease.release))
         if thread.is_alive():
             # Ending the interpreter under a thread that is inside torch may crash; the base is prepared atomically.
             os._exit(int(self._failed))
@@ -255,6 +258,7 @@ class Engine:
 
     def _became_ready(self, scheduler: Scheduler, status: EngineStatus) -> None:
         self._scheduler = scheduler
+        self._lease.measure()
         self._set_status(status)
         _log.info("ready: %s in %s", status.base_digest, status.precision)
 
@@ -280,6 +284,7 @@ class Engine:
 
     def _load(self) -> tuple[Scheduler, EngineStatus]:
         base = self._prepare()
+        self._lease.expect(base.size_bytes)
         # Here and not above: torch takes seconds to import, and the socket answers meanwhile.
         self._post(functools.partial(self._set_status, EngineStatus("loading", "loading the base model", base.digest)))
         # OpenMP's threads spin between two operations unless told not to, and read this once. Beside a training job

@@ -294,7 +294,7 @@ def test_the_migrations_make_the_tables_the_code_expects(state: State) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    from knowledge_engine.state import METADATA
+    from knowledge_engine.database import METADATA
 
     with state._engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []

@@ -194,6 +194,13 @@ class Datasets:
             self._path(name).unlink(missing_ok=True)
         return dataset
 
+    def discard_unrecorded(self, name: str) -> None:
+        """Removes the content that a writer left under a name when it died before the content was recorded."""
+        _check_name(name)
+        with self._exclusive():
+            if self._find(name) is None:
+                self._path(name).unlink(missing_ok=True)
+
     def conversations(self, name: str) -> _Conversations:
         """All rows of a dataset of conversations.
 

@@ -8,11 +8,9 @@ the absence of any server, outlasts the orphan's grace. Killing it is always saf
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -24,7 +22,6 @@ from typing import TypeVar
 from knowledge_engine.core import (
     Checkpoint,
     EventPayload,
-    GenerationSpec,
     Job,
     JobKind,
     JobResult,
@@ -36,25 +33,20 @@ from knowledge_engine.core import (
     Service,
     StopReason,
     TrackerRun,
-    TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import (
     ConflictError,
-    CredentialsError,
     KnowledgeEngineError,
-    NotFoundError,
     Reason,
-    StateError,
     UpstreamError,
 )
 from knowledge_engine.failpoints import failpoint
-from knowledge_engine.generation import journal
 from knowledge_engine.jobs import process_identity, server_is_alive, work_dir
+from knowledge_engine.leftovers import clean_up
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings, load_settings
 from knowledge_engine.state import Orders, State
-from knowledge_engine.training.publishing import drop_kept
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
@@ -215,10 +207,6 @@ class Attempt:
         os._exit(3)
 
 
-CHECKPOINTS = "checkpoints"
-"""The folder of a job's checkpoints, in its work folder."""
-
-
 def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
     """The one place that knows which code does which kind of job; heavy imports wait until they are needed."""
     datasets = Datasets(settings.data_dir / "datasets", state)
@@ -260,6 +248,8 @@ def _work(attempt: Attempt, settings: Settings, state: State) -> JobResult | Kno
     except ConflictError:
         return JobStopped(StopReason.SUPERSEDED)
     except KnowledgeEngineError as error:
+        if error.reason is Reason.STATE_UNAVAILABLE:  # that is no fault of the job's
+            return JobStopped(StopReason.RETRY, f"interrupted: {error.message}")
         _LOG.exception("the job failed")
         return error
     except MemoryError:
@@ -305,47 +295,6 @@ def _decide(job: Job, outcome: JobResult | KnowledgeEngineError | JobStopped, st
         case StopReason.RETRY:
             message = outcome.message
     return state.abandon_attempt(job.id, job.attempt, message).state
-
-
-def clean_up(settings: Settings, state: State, job: Job) -> None:
-    """Takes away what the job's attempts have left and nobody needs in the state that it is in; safe to repeat.
-
-    What was cancelled, or died, has published nothing, even if that was at its very last moment. The workers' logs
-    stay, and so does what a job goes on from, or somebody may want to after it has failed.
-    """
-    registry = Registry.open(settings)
-    registry.discard_stage(job.id)
-    folder = work_dir(settings, job.id)
-    if job.attempt and (job.state is JobState.CANCELLED or _was_declared_dead(job)):
-        _retract(settings, state, registry, job)
-    if job.state in {JobState.SUCCEEDED, JobState.CANCELLED}:
-        drop_kept(settings, job.id)
-        (folder / journal.REPLIES).unlink(missing_ok=True)
-    if job.state is JobState.FAILED:
-        journal.leave(settings, job, folder)
-    if job.state.is_terminal and folder.is_dir():
-        spared = {"tracking"} | ({CHECKPOINTS} if job.state is JobState.FAILED else set())
-        for path in folder.iterdir():
-            if path.is_dir() and path.name not in spared:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _was_declared_dead(job: Job) -> bool:
-    """Whether its workers crashed so often that the server has given it up."""
-    return job.state is JobState.FAILED and job.error is not None and job.error["reason"] == Reason.WORKER_CRASHED
-
-
-def _retract(settings: Settings, state: State, registry: Registry, job: Job) -> None:
-    match job.spec:
-        case TrainingSpec(model=model):
-            try:
-                registry.retract(model, job.id)
-            except (UpstreamError, CredentialsError) as error:
-                _LOG.error("what job %s has published of %r may stay: %s", job.id, model, error.message)
-        case GenerationSpec(dataset=str(name)):
-            with contextlib.suppress(NotFoundError, StateError):
-                if state.get_dataset(name).job_id == job.id:
-                    Datasets(settings.data_dir / "datasets", state).delete(name)
 
 
 def tell_end(settings: Settings, job: Job) -> None:

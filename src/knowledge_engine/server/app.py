@@ -24,6 +24,7 @@ from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.client import EngineClient, socket_path
 from knowledge_engine.jobs import Jobs
+from knowledge_engine.leftovers import clean_up
 from knowledge_engine.registry import Registry
 from knowledge_engine.server.health import Health, Watchman
 from knowledge_engine.server.services import (
@@ -47,7 +48,6 @@ from knowledge_engine.v1 import (
     models_pb2,
     models_pb2_grpc,
 )
-from knowledge_engine.worker import clean_up
 
 _LOG = logging.getLogger(__name__)
 

@@ -29,6 +29,8 @@ TRAINING: dict[str, Any] = {
     "eval_steps": 5,
     "logging_steps": 4,
     "seed": 11,
+    "save_steps": 6,
+    "auto_find_batch_size": True,
 }
 GENERATION: dict[str, Any] = {
     "catalogue": "datasets/c",
@@ -53,6 +55,25 @@ def test_a_training_spec_comes_back_as_it_went() -> None:
     assert {field.name for field, _ in proto.ListFields()} == (
         {field.name for field in proto.DESCRIPTOR.fields} - {"num_train_epochs"}
     )
+
+
+MUTATIONS: dict[str, Any] = {"base_model": "other", "dataset": "datasets/e", "model": "models/n", "max_steps": 8}
+
+
+@pytest.mark.parametrize("field", TRAINING)
+def test_another_value_of_any_field_is_another_spec(field: str) -> None:
+    value = TRAINING[field]
+    if field in MUTATIONS:
+        other = MUTATIONS[field]
+    elif field == "lora":
+        other = value | {"rank": 5}
+    elif field == "lr_scheduler_type":
+        other = "LR_SCHEDULER_TYPE_CONSTANT"
+    else:
+        other = not value if isinstance(value, bool) else value * 2 if isinstance(value, int) else value / 2
+    before, after = convert.training_spec(training()), convert.training_spec(training(**{field: other}))
+    assert before != after
+    assert {name for name in TRAINING if getattr(before, name) != getattr(after, name)} == {field}
 
 
 def test_a_generation_spec_comes_back_as_it_went() -> None:
@@ -95,6 +116,8 @@ def test_unset_fields_take_the_documented_defaults() -> None:
         ({"max_steps": 0}, "spec.max_steps"),
         ({"per_device_train_batch_size": 65}, "spec.per_device_train_batch_size"),
         ({"eval_split": 0.6}, "spec.eval_split"),
+        ({"save_steps": -1}, "spec.save_steps"),
+        ({"save_steps": 1_000_001}, "spec.save_steps"),
         ({"seed": -1}, "spec.seed"),
         ({"seed": 2**32}, "spec.seed"),
     ],

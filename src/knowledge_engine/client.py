@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
@@ -17,9 +19,11 @@ from google.protobuf.struct_pb2 import Struct
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knowledge_engine.client_convert import (
+    TrainingEstimate,
     completion_from_proto,
     dataset_from_proto,
     error_from_call,
+    estimate_from_proto,
     event_from_proto,
     generation_spec_to_proto,
     job_from_proto,
@@ -45,7 +49,7 @@ from knowledge_engine.core import (
     ServiceState,
     TrainingSpec,
 )
-from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, UpstreamError
+from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.settings import is_loopback, split_address
 from knowledge_engine.v1 import (
     datasets_pb2,
@@ -61,6 +65,8 @@ from knowledge_engine.v1 import (
 DEFAULT_SERVER = "127.0.0.1:50051"
 SERVICES = ("JobService", "DatasetService", "ModelService", "InferenceService")
 UPLOAD_CHUNK_BYTES = 2**20  # well under gRPC's limit of 4 MiB for one message
+RECONNECT_SECONDS = 300.0
+"""How long a watch looks for a server that went away: a restart takes seconds, an upgrade minutes."""
 
 _Response = TypeVar("_Response")
 
@@ -144,15 +150,28 @@ class Client:
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
-    def create_training_job(self, spec: TrainingSpec) -> Job:
-        """Queues a fine-tuning run; fields left at their default are left to the server."""
-        request = jobs_pb2.CreateTrainingJobRequest(spec=training_spec_to_proto(spec))
-        return job_from_proto(self._call(self._jobs.CreateTrainingJob, request).job)
+    def create_training_job(self, spec: TrainingSpec, *, request_id: str | None = None) -> Job:
+        """Queues a fine-tuning run; fields left at their default are left to the server.
 
-    def create_generation_job(self, spec: GenerationSpec) -> Job:
-        """Queues the generation of conversations; fields left at their default are left to the server."""
-        request = jobs_pb2.CreateGenerationJobRequest(spec=generation_spec_to_proto(spec))
-        return job_from_proto(self._call(self._jobs.CreateGenerationJob, request).job)
+        A second call with the same `request_id` and spec returns the job of the first. Without one the client takes a
+        new one, so that it can ask again itself when the connection breaks before the answer.
+        """
+        request = jobs_pb2.CreateTrainingJobRequest(
+            spec=training_spec_to_proto(spec), request_id=_request_id(request_id)
+        )
+        return job_from_proto(self._create(self._jobs.CreateTrainingJob, request).job)
+
+    def create_generation_job(self, spec: GenerationSpec, *, request_id: str | None = None) -> Job:
+        """Queues the generation of conversations; `request_id` as in `create_training_job`."""
+        request = jobs_pb2.CreateGenerationJobRequest(
+            spec=generation_spec_to_proto(spec), request_id=_request_id(request_id)
+        )
+        return job_from_proto(self._create(self._jobs.CreateGenerationJob, request).job)
+
+    def estimate_training(self, spec: TrainingSpec) -> TrainingEstimate:
+        """What a fine-tuning run would take and whether it would be accepted; nothing is queued."""
+        request = jobs_pb2.EstimateTrainingJobRequest(spec=training_spec_to_proto(spec))
+        return estimate_from_proto(self._call(self._jobs.EstimateTrainingJob, request).estimate)
 
     def get_job(self, job: str) -> Job:
         return job_from_proto(self._call(self._jobs.GetJob, jobs_pb2.GetJobRequest(name=f"jobs/{job}")).job)
@@ -169,34 +188,70 @@ class Client:
     def cancel_job(self, job: str) -> Job:
         return job_from_proto(self._call(self._jobs.CancelJob, jobs_pb2.CancelJobRequest(name=f"jobs/{job}")).job)
 
-    def watch_job(self, job: str, after_sequence: int = 0, *, reconnect_seconds: float = 60) -> Iterator[JobEvent]:
-        """The job's events after `after_sequence`, then each new one, until the job's last.
+    def pause_job(self, job: str) -> Job:
+        """Puts a job aside; a running one is PAUSED once its checkpoint is durable, `pause_requested` until then."""
+        return job_from_proto(self._call(self._jobs.PauseJob, jobs_pb2.PauseJobRequest(name=f"jobs/{job}")).job)
 
-        A connection that breaks after it once stood is taken up again where it broke, for `reconnect_seconds`.
+    def resume_job(self, job: str) -> Job:
+        """Queues a paused job again; it goes on from its checkpoint."""
+        return job_from_proto(self._call(self._jobs.ResumeJob, jobs_pb2.ResumeJobRequest(name=f"jobs/{job}")).job)
+
+    def watch_job(
+        self,
+        job: str,
+        after_sequence: int = 0,
+        *,
+        reconnect_seconds: float = RECONNECT_SECONDS,
+        on_reconnect: Callable[[], None] | None = None,
+    ) -> Iterator[JobEvent]:
+        """The job's events after `after_sequence`, each once and in order, then each new one, until the job's last.
+
+        A server that goes away meanwhile is looked for again for `reconnect_seconds`, and the watch goes on where it
+        was; `on_reconnect` is called once for each time it went away.
+
+        Raises:
+            UpstreamError: nothing answers at first, or for longer than that.
         """
         lost_at: float | None = None
-        connected = False
+        is_first = True
         while True:
-            request = jobs_pb2.WatchJobRequest(name=f"jobs/{job}", after_sequence=after_sequence)
-            call = self._jobs.WatchJob(request, metadata=self._metadata)
             try:
-                for response in call:
-                    event = event_from_proto(response.event)
-                    after_sequence, connected, lost_at = event.sequence, True, None
-                    yield event
-                    if event.is_last:
-                        return
-                if self.get_job(job).state.is_terminal:
+                # The stream alone may stand for hours without a word; this one says that the server is there.
+                found = self.get_job(job)
+                is_first, lost_at = False, None
+                if found.state.is_terminal and after_sequence >= found.last_sequence:
                     return
-            except (grpc.RpcError, UpstreamError) as error:
-                failure = self._error(error) if isinstance(error, grpc.RpcError) else error
-                lost_at = lost_at or time.monotonic()
-                over = time.monotonic() - lost_at > reconnect_seconds
-                if not connected or over or not isinstance(failure, UpstreamError):
-                    raise failure from None
-            finally:
-                call.cancel()
+                with closing(self._events(job, after_sequence)) as events:
+                    for event in events:
+                        after_sequence = event.sequence
+                        yield event
+                        if event.is_last:
+                            return
+                # A server that stops ends its streams in order, also while there is more to tell.
+            except UpstreamError:
+                now = time.monotonic()
+                if is_first or (lost_at is not None and now - lost_at > reconnect_seconds):
+                    raise
+                if lost_at is None:
+                    lost_at = now
+                    if on_reconnect is not None:
+                        on_reconnect()
             time.sleep(0.5)
+
+    def _events(self, job: str, after_sequence: int) -> Generator[JobEvent, None, None]:
+        """One stream. Raises UpstreamError when it breaks off, however it does."""
+        request = jobs_pb2.WatchJobRequest(name=f"jobs/{job}", after_sequence=after_sequence)
+        call = self._jobs.WatchJob(request, metadata=self._metadata)
+        try:
+            for response in call:
+                yield event_from_proto(response.event)
+        except grpc.RpcError as error:
+            failure = self._error(error)
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.CANCELLED:  # by the server: it stops
+                failure = UpstreamError(failure.message, reason=Reason.SERVER_UNAVAILABLE)
+            raise failure from None
+        finally:
+            call.cancel()
 
     # --- datasets -------------------------------------------------------------------------------------------------
 
@@ -310,6 +365,15 @@ class Client:
             | {name.value: state.value for name, state in seen.items()}
         )
 
+    def _create(self, method: Callable[..., _Response], request: object) -> _Response:
+        """A call whose request carries an id, so that it can be repeated when its answer was lost."""
+        try:
+            return self._call(method, request)
+        except UpstreamError as error:
+            if error.reason is not Reason.SERVER_UNAVAILABLE:
+                raise
+            return self._call(method, request)
+
     def _call(self, method: Callable[..., _Response], request: object) -> _Response:
         try:
             return method(request, metadata=self._metadata, timeout=self._timeout_seconds)
@@ -318,6 +382,10 @@ class Client:
 
     def _error(self, error: grpc.RpcError) -> KnowledgeEngineError:
         return error_from_call(error, self.server)
+
+
+def _request_id(given: str | None) -> str:
+    return given if given is not None else str(uuid.uuid4())
 
 
 def _channel_options(server: str) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from pydantic import BaseModel, ConfigDict
 
 from knowledge_engine import core, errors
 from knowledge_engine.core import BASE
@@ -68,6 +69,9 @@ def job_from_proto(job: jobs_pb2.Job) -> core.Job:
         if job.HasField("tracker_run")
         else None,
         last_sequence=job.last_sequence,
+        pause_requested=job.pause_requested,
+        queue_position=job.queue_position if job.HasField("queue_position") else None,
+        checkpoint_step=job.checkpoint_step if job.HasField("checkpoint_step") else None,
     )
 
 
@@ -94,6 +98,8 @@ def _payload(event: jobs_pb2.JobEvent) -> core.EventPayload:
             return core.LogLine(message=event.log.message)
         case "warning":
             return core.JobWarning(reason=event.warning.reason, message=event.warning.message)
+        case "checkpoint":
+            return core.Checkpoint(step=event.checkpoint.step, size_bytes=event.checkpoint.size_bytes)
         case "result":
             return core.ResultEvent(result=_result(event.result))
         case unknown:
@@ -147,6 +153,59 @@ def _comparison(comparison: training_pb2.HeldOutComparison) -> core.HeldOutCompa
         num_conversations=comparison.num_conversations,
         num_tokens=comparison.num_tokens,
         precision=comparison.precision,
+    )
+
+
+# --- estimates ----------------------------------------------------------------------------------------------------
+
+
+class MemoryRange(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    low_bytes: int
+    expected_bytes: int
+    high_bytes: int
+
+
+class TrainingEstimate(BaseModel):
+    """What a fine-tuning run would take, found out without loading anything."""
+
+    model_config = ConfigDict(frozen=True)
+
+    memory: MemoryRange
+    device: str
+    total_memory_bytes: int
+    held_memory_bytes: dict[str, int]
+    """By holder: `engine`, or a job's id."""
+    disk_bytes: int
+    free_disk_bytes: int
+    num_steps: int
+    num_tokens: int
+    training_seconds: float | None
+    """At the rate of the newest run on the same base and precision; None while there was none."""
+    fits: bool
+    refusal: str
+    nearest_spec: core.TrainingSpec | None
+    """The nearest settings that would fit; None when these do, or when none would."""
+
+
+def estimate_from_proto(estimate: training_pb2.TrainingEstimate) -> TrainingEstimate:
+    memory = estimate.memory
+    return TrainingEstimate(
+        memory=MemoryRange(
+            low_bytes=memory.low_bytes, expected_bytes=memory.expected_bytes, high_bytes=memory.high_bytes
+        ),
+        device=estimate.device,
+        total_memory_bytes=estimate.total_memory_bytes,
+        held_memory_bytes={_id(holder): held for holder, held in estimate.held_memory_bytes.items()},
+        disk_bytes=estimate.disk_bytes,
+        free_disk_bytes=estimate.free_disk_bytes,
+        num_steps=estimate.num_steps,
+        num_tokens=estimate.num_tokens,
+        training_seconds=_seconds(estimate.training_time) if estimate.HasField("training_time") else None,
+        fits=estimate.fits,
+        refusal=estimate.refusal,
+        nearest_spec=_training_spec(estimate.nearest_spec) if estimate.HasField("nearest_spec") else None,
     )
 
 

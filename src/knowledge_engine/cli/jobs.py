@@ -1,4 +1,4 @@
-"""`train` and `jobs list|show|watch|cancel`."""
+"""`train` and `jobs list|show|watch|pause|resume|cancel`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from knowledge_engine.cli.output import (
     print_table,
     say,
     size,
+    span,
 )
 
 if TYPE_CHECKING:
     from knowledge_engine.client import Client
-    from knowledge_engine.core import GenerationUsage, Job
+    from knowledge_engine.client_convert import TrainingEstimate
+    from knowledge_engine.core import GenerationUsage, Job, TrainingSpec
 
-app = typer.Typer(help="Look at jobs and cancel them.", no_args_is_help=True)
+app = typer.Typer(help="Look at jobs, pause, resume and cancel them.", no_args_is_help=True)
 
 JobArgument = Annotated[str, typer.Argument(help="The job's id.", show_default=False)]
+RECONNECTING = "the server does not answer; reconnecting ..."
 DetachOption = Annotated[bool, typer.Option("--detach", help="Only queue the job; do not wait for its end.")]
 
 
@@ -58,6 +61,13 @@ def train(
     lora_alpha: Annotated[int | None, typer.Option(help="Scale of the adapter.")] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="Dropout before the adapter.")] = None,
     target_module: Annotated[list[str] | None, typer.Option(help="A linear module to adapt; repeatable.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.")] = None,
+    auto_find_batch_size: Annotated[
+        bool, typer.Option("--auto-find-batch-size", help="Go on once with half the batch when memory runs out.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say what it would take; 1 if it won't fit.")
+    ] = False,
     detach: DetachOption = False,
     json: JsonOption = False,
     server: ServerOption = None,
@@ -87,12 +97,17 @@ def train(
         "eval_steps": eval_steps,
         "logging_steps": logging_steps,
         "seed": seed,
+        "save_steps": save_steps,
+        "auto_find_batch_size": auto_find_batch_size or None,
     }
     from knowledge_engine.core import TrainingSpec
 
     spec = checked(TrainingSpec, values)
     with connect(server) as client:
-        follow(client, client.create_training_job(spec), detach=detach, as_json=json)
+        if estimate:
+            _show_estimate(client.estimate_training(spec), spec, as_json=json)
+        else:
+            follow(client, client.create_training_job(spec), detach=detach, as_json=json)
 
 
 @app.command("list")
@@ -107,7 +122,7 @@ def list_jobs(
     if json:
         print_json({"jobs": [plain(job) for job in jobs]})
         return
-    rows = [(job.id, job.kind.value, job.state.value, _progress(job), job.create_time, _target(job)) for job in jobs]
+    rows = [(job.id, job.kind.value, _state(job), _progress(job), job.create_time, _target(job)) for job in jobs]
     print_table(("JOB", "KIND", "STATE", "PROGRESS", "CREATED", "MAKES"), rows)
 
 
@@ -125,10 +140,13 @@ def watch(
     json: JsonOption = False,
     server: ServerOption = None,
 ) -> None:
-    """Follow a job's events to its end; with --json one event a line. Ctrl-C leaves the job running."""
+    """Follow a job's events to its end; with --json one event a line. Ctrl-C leaves the job running.
+
+    It waits for a server that restarts, and for a paused job.
+    """
     with connect(server) as client:
         if json:
-            for event in client.watch_job(job, after):
+            for event in client.watch_job(job, after, on_reconnect=lambda: say(RECONNECTING)):
                 print_json(plain(event))
         else:
             _show_events(client, job, after)
@@ -137,6 +155,20 @@ def watch(
             print_job(ended)
     if ended.state.value != "SUCCEEDED":
         raise typer.Exit(1)
+
+
+@app.command()
+def pause(job: JobArgument, json: JsonOption = False, server: ServerOption = None) -> None:
+    """Put a job aside; a running one as soon as its work is safe."""
+    with connect(server) as client:
+        print_job(client.pause_job(job), as_json=json)
+
+
+@app.command()
+def resume(job: JobArgument, json: JsonOption = False, server: ServerOption = None) -> None:
+    """Queue a paused job again; it goes on where it was."""
+    with connect(server) as client:
+        print_job(client.resume_job(job), as_json=json)
 
 
 @app.command()
@@ -165,7 +197,7 @@ def _show_events(client: Client, job: str, after: int) -> None:
     from knowledge_engine.cli.progress import JobView
 
     with JobView(job) as view:
-        view.show_all(client.watch_job(job, after))
+        view.show_all(client.watch_job(job, after, on_reconnect=lambda: view.say(RECONNECTING)))
 
 
 def print_job(job: Job, *, as_json: bool = False) -> None:
@@ -175,9 +207,10 @@ def print_job(job: Job, *, as_json: bool = False) -> None:
     facts: list[tuple[str, object]] = [
         ("job", job.id),
         ("kind", job.kind.value),
-        ("state", job.state.value),
+        ("state", _state(job)),
         ("progress", _progress(job) or None),
         ("created", job.create_time),
+        ("checkpoint", f"step {job.checkpoint_step}" if job.checkpoint_step is not None else None),
         ("started", job.start_time),
         ("ended", job.end_time),
         ("creator", job.creator or None),
@@ -221,6 +254,69 @@ def _usage_facts(usage: GenerationUsage) -> list[tuple[str, object]]:
         ("tokens", f"{usage.prompt_tokens} read, {usage.completion_tokens} written"),
         ("cost", None if usage.cost_usd is None else f"{usage.cost_usd:.4f} USD"),
     ]
+
+
+def _state(job: Job) -> str:
+    """The state, with the place in the queue, and whether it is about to change."""
+    if job.pause_requested:
+        return f"{job.state.value}, pausing"
+    return job.state.value if job.queue_position is None else f"{job.state.value}, place {job.queue_position}"
+
+
+def _show_estimate(estimate: TrainingEstimate, asked: TrainingSpec, *, as_json: bool) -> None:
+    """What a run would take; exit code 1 when it would be refused, with the settings that would not be."""
+    if as_json:
+        print_json(plain(estimate))
+    else:
+        print_facts(_estimate_facts(estimate, asked))
+    if not estimate.fits:
+        raise typer.Exit(1)
+
+
+def _estimate_facts(estimate: TrainingEstimate, asked: TrainingSpec) -> list[tuple[str, object]]:
+    memory = estimate.memory
+    held = ", ".join(f"{holder} {size(held)}" for holder, held in estimate.held_memory_bytes.items())
+    time = None if estimate.training_seconds is None else f"about {span(estimate.training_seconds)}"
+    facts: list[tuple[str, object]] = [
+        ("fits", "yes" if estimate.fits else f"no: {estimate.refusal}"),
+        ("memory", f"{size(memory.expected_bytes)} ({size(memory.low_bytes)} to {size(memory.high_bytes)})"),
+        ("there is", f"{size(estimate.total_memory_bytes)} on {estimate.device}"),
+        ("held now", held or None),
+        ("disk", f"{size(estimate.disk_bytes)} of {size(estimate.free_disk_bytes)} free"),
+        ("steps", f"{estimate.num_steps:,}"),
+        ("tokens", f"{estimate.num_tokens:,}"),
+        ("time", time or "not known before the first run on this base"),
+    ]
+    if estimate.nearest_spec is not None:
+        facts.append(("would fit", _differences(asked, estimate.nearest_spec) or None))
+    return facts
+
+
+def _differences(asked: TrainingSpec, fitting: TrainingSpec) -> str:
+    """The fitting settings that are not those asked for, as options of `train`."""
+    before, after = asked.model_dump(mode="json"), fitting.model_dump(mode="json")
+    changed = {name: after[name] for name in after if after[name] != before[name] and after[name] is not None}
+    lora = changed.pop("lora", {})
+    changed |= {f"lora_{name}": value for name, value in lora.items() if value != before["lora"][name]}
+    return " ".join(_option(name, value) for name, value in changed.items())
+
+
+_OPTION_NAMES = {
+    "use_qlora": "qlora",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch-size",
+    "gradient_accumulation_steps": "accumulation",
+    "lr_scheduler_type": "scheduler",
+    "lora_target_modules": "target-module",
+}
+
+
+def _option(name: str, value: object) -> str:
+    word = _OPTION_NAMES.get(name, name.replace("_", "-"))
+    if isinstance(value, bool):
+        return f"--{word}" if value else f"--no-{word}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"--{word} {item}" for item in values)
 
 
 def _progress(job: Job) -> str:

@@ -160,6 +160,15 @@ def size(num_bytes: int) -> str:
     return f"{value:.1f} GiB"
 
 
+def span(seconds: float) -> str:
+    """Its two largest units: `2 h 5 min`, `40 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def confirm(question: str, yes: bool) -> None:
     """Asks before something is destroyed; off a terminal only `--yes` will do."""
     if yes:

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from knowledge_engine.cli.output import console, is_animated
-from knowledge_engine.core import JobEvent, JobWarning, LogLine, Progress, StateChange
+from knowledge_engine.cli.output import console, is_animated, size
+from knowledge_engine.core import Checkpoint, JobEvent, JobState, JobWarning, LogLine, Progress, StateChange
 
 PLAIN_SECONDS = 5.0  # between two plain progress lines of one phase
 
@@ -47,11 +47,13 @@ class JobView:
             case Progress() as progress:
                 self.show_progress(progress)
             case LogLine(message=message):
-                self._print(message)
+                self.say(message)
+            case Checkpoint(step=step, size_bytes=size_bytes):
+                self.say(f"checkpoint at step {step} ({size(size_bytes)})")
             case JobWarning(message=message, reason=reason):
-                self._print(f"warning: {message} [{reason}]")
+                self.say(f"warning: {message} [{reason}]")
             case StateChange(state=state, message=message):
-                self._print(f"{state.value}{f': {message}' if message else ''}")
+                self._enter(state, message, event.job_id)
             case _:  # the result, which is printed at the end
                 pass
 
@@ -70,13 +72,23 @@ class JobView:
         is_end = progress.step is not None and progress.step == progress.total_steps
         if is_new or is_end or time.monotonic() - self._spoken >= PLAIN_SECONDS:
             self._spoken = time.monotonic()
-            self._print(f"{progress.phase} {facts}".rstrip())
+            self.say(f"{progress.phase} {facts}".rstrip())
+
+    def _enter(self, state: JobState, message: str, job: str) -> None:
+        line = f"{state.value}{f': {message}' if message else ''}"
+        if state is JobState.PAUSED:
+            line += f"; `knowledge-engine jobs resume {job}` goes on with it"
+        self.say(line)
+        if state in (JobState.PAUSED, JobState.QUEUED):  # nothing moves until it runs again
+            if self._bars is not None and self._phase:
+                self._bars.update(self._tasks[self._phase], facts=state.value.lower())
+            self._phase = ""
 
     def show_all(self, events: Iterable[JobEvent]) -> None:
         for event in events:
             self.show(event)
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
         # Text, as brackets in a message are no markup.
         self._console.print(Text(f"{self._title}: {line}"))
 

@@ -127,7 +127,8 @@ def open_database(url: str, *, migrate: bool, busy_timeout_seconds: float) -> sa
         folder = Path(url.removeprefix("sqlite:///")).parent
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         demand_local(folder)
-    engine = sa.create_engine(url, connect_args={"timeout": busy_timeout_seconds})
+    # A thread never waits for a connection: it would look like a store that does not answer.
+    engine = sa.create_engine(url, connect_args={"timeout": busy_timeout_seconds}, max_overflow=-1)
     if engine.dialect.name == "sqlite":
         _use_wal(engine)
     if migrate:

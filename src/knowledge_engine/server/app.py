@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
@@ -65,6 +66,7 @@ SERVICES = (
 )
 
 _LAST_SECONDS = 3.0
+_STORE_THREADS = 64
 _STORE_PATIENCE_SECONDS = 1.5
 """A caller hears within two seconds that the store does not answer."""
 _OPTIONS = (
@@ -138,6 +140,8 @@ async def start_server(settings: Settings) -> RunningServer:
         IntegrityError: STATE_NEWER.
     """
     check_bases(settings)
+    # The store's calls block. A locked one must not keep others from reading, so there are threads to spare.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_STORE_THREADS, "store"))
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = await asyncio.to_thread(State.open, settings.state_url, busy_timeout_seconds=_STORE_PATIENCE_SECONDS)
     await asyncio.to_thread(sweep_kept, settings)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from knowledge_engine import __version__
 from knowledge_engine.catalogue import DEMO_CATALOGUE
 from knowledge_engine.cli import app
+from knowledge_engine.cli.progress import JobView
+from knowledge_engine.client import Client
+from knowledge_engine.core import Checkpoint, EventPayload, JobEvent, JobState, Progress, StateChange
+from knowledge_engine.v1 import jobs_pb2, training_pb2
+from tests.fakes_server import scripted_server
 from tests.running import Service, end, environment, is_serving, start, wait_until
 from tests.tiny import build_tiny_base
 
@@ -143,6 +153,83 @@ def test_demo_online_without_a_key_names_the_keys(tmp_path: Path) -> None:
     assert "KNOWLEDGE_OPENAI_API_KEY" in done.stderr
 
 
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["plain", "bars"])
+def test_a_paused_job_is_told_once_and_takes_up_its_bars_again(is_terminal: bool) -> None:
+    out = io.StringIO()
+    training = Progress(phase="training", step=5, total_steps=10, eta_seconds=60)
+    payloads: list[EventPayload] = [
+        StateChange(state=JobState.RUNNING, attempt=1),
+        training,
+        Checkpoint(step=5, size_bytes=3 * 2**20),
+        StateChange(state=JobState.PAUSED, attempt=1),
+        StateChange(state=JobState.QUEUED, attempt=1),
+        StateChange(state=JobState.RUNNING, attempt=2),
+        training,
+    ]
+    console = Console(file=out, width=120, force_terminal=is_terminal, force_interactive=is_terminal, highlight=False)
+    with JobView("j", output=console) as view:
+        for number, payload in enumerate(payloads, 1):
+            event = JobEvent(
+                job_id="job-1", sequence=number, create_time=datetime(2030, 1, 1, tzinfo=UTC), payload=payload
+            )
+            view.show(event)
+    text = out.getvalue()
+    assert text.count("PAUSED") == 1
+    assert text.count("`knowledge-engine jobs resume job-1` goes on with it") == 1
+    assert "checkpoint at step 5 (3.0 MiB)" in text
+    if not is_terminal:
+        assert text.count("j: training 5/10 1:00 left") == 2, "a phase that goes on is told again"
+
+
+async def test_an_estimate_that_does_not_fit_is_exit_code_1_and_names_what_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    estimate = training_pb2.TrainingEstimate(
+        memory=training_pb2.TrainingEstimate.MemoryRange(low_bytes=2**30, expected_bytes=2**31, high_bytes=2**32),
+        device="cpu",
+        total_memory_bytes=2**30,
+        held_memory_bytes={"engine": 2**29},
+        num_steps=1200,
+        refusal="it takes 2 GiB and 1 GiB is there",
+    )
+    estimate.nearest_spec.MergeFrom(
+        training_pb2.TrainingSpec(
+            dataset="datasets/d",
+            model="models/m",
+            use_qlora=True,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            lora=training_pb2.LoraConfig(rank=8, target_modules=["q_proj", "v_proj"]),
+        )
+    )
+    async with scripted_server() as server:
+        monkeypatch.setenv("KNOWLEDGE_SERVER", server.address)
+        server.script["EstimateTrainingJob"] = jobs_pb2.EstimateTrainingJobResponse(estimate=estimate)
+        words = ("train", "--dataset", "d", "--model", "m", "--no-qlora", "--batch-size", "8", "--estimate")
+        told = (await asyncio.to_thread(call, *words, "--save-steps", "5", "--auto-find-batch-size", code=1)).stdout
+        asked = server.received[-1].request.spec
+        assert (asked.save_steps, asked.auto_find_batch_size, asked.per_device_train_batch_size) == (5, True, 8)
+        plain = await asyncio.to_thread(read, *words, code=1)
+        estimate.nearest_spec.Clear()
+        estimate.ClearField("nearest_spec")
+        estimate.fits, estimate.refusal = True, ""
+        estimate.training_time.FromSeconds(7500)
+        server.script["EstimateTrainingJob"] = jobs_pb2.EstimateTrainingJobResponse(estimate=estimate)
+        fitting = (await asyncio.to_thread(call, *words)).stdout
+    assert "no: it takes 2 GiB and 1 GiB is there" in told
+    assert "2.0 GiB (1.0 GiB to 4.0 GiB)" in told
+    assert "engine 512.0 MiB" in told
+    (line,) = [line for line in told.splitlines() if line.startswith("would fit")]
+    assert all(
+        option in line
+        for option in ("--qlora", "--batch-size 2", "--accumulation 4", "--lora-rank 8", "--target-module v_proj")
+    )
+    assert "not known before the first run" in told
+    assert (plain["fits"], plain["nearest_spec"]["per_device_train_batch_size"]) == (False, 2)
+    assert "about 2 h 5 min" in fitting
+    assert "would fit" not in fitting
+
+
 # --- with one -----------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +267,10 @@ def test_bad_key_is_exit_code_8(service: Service, key: str, monkeypatch: pytest.
         (("train", "--dataset", "nothing", "--model", "m"), 4, "DATASET_NOT_FOUND"),
         (("train", "--dataset", "d", "--model", "base"), 3, "SPEC_INVALID"),
         (("train", "--dataset", "d", "--model", "m", "--lora-rank", "0"), 3, "SPEC_INVALID"),
+        (("train", "--dataset", "d", "--model", "m", "--save-steps", "-1"), 3, "SPEC_INVALID"),
+        (("train", "--dataset", "nothing", "--model", "m", "--estimate"), 4, "DATASET_NOT_FOUND"),
+        (("jobs", "pause", "nothing"), 4, "JOB_NOT_FOUND"),
+        (("jobs", "resume", "nothing"), 4, "JOB_NOT_FOUND"),
         (("data", "generate", "-n", "1"), 3, "SPEC_INVALID"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -273,6 +364,79 @@ def test_detached_job_can_be_cancelled(catalogue: str) -> None:
     call("jobs", "cancel", job["id"], code=2)
     assert read("jobs", "cancel", job["id"], "--yes")["state"] in ("CANCELLING", "CANCELLED")
     assert "CANCELLED" in call("jobs", "watch", job["id"], code=1).stderr
+
+
+def test_a_watch_waits_for_a_paused_job_over_a_kill_of_the_server(service: Service, catalogue: str) -> None:
+    job = read("data", "generate", "--catalogue", catalogue, "-n", "100000", "--dataset", "patient", "--detach")["id"]
+    following = process(service, "jobs", "watch", job)
+    reading = process(service, "jobs", "watch", job, "--json")
+    assert following.stderr is not None
+    assert reading.stdout is not None
+    try:
+        begun = [reading.stdout.readline(), following.stderr.readline()]  # they are connected
+        for _ in range(2):
+            paused = read("jobs", "pause", job)
+            assert paused["state"] == "PAUSED" or paused["pause_requested"]
+        wait_until(lambda: read("jobs", "show", job)["state"] == "PAUSED")
+        assert "PAUSED" in call("jobs", "list").stdout
+        before = service.part("server")
+        assert before is not None
+        before.kill()
+        time.sleep(1)
+        assert following.poll() is None
+        assert reading.poll() is None
+        wait_until(lambda: is_serving(service) and service.part("server") != before)
+        assert read("jobs", "show", job)["state"] == "PAUSED"
+        assert read("jobs", "resume", job)["state"] in ("QUEUED", "RUNNING")
+        call("jobs", "cancel", job, "--yes")
+        rest, talk = reading.communicate(timeout=90)
+        _, told = following.communicate(timeout=90)
+    finally:
+        for watching in (following, reading):
+            watching.kill()
+            watching.communicate()
+    events = [json.loads(line) for line in (begun[0] + rest).splitlines()]
+    assert [event["sequence"] for event in events] == list(range(1, len(events) + 1))
+    assert events[-1]["payload"]["state"] == "CANCELLED"
+    assert (following.returncode, reading.returncode) == (1, 1)
+    for text in (talk, told):
+        assert text.count("reconnecting ...") == 1
+        assert "Traceback" not in text
+    assert told.count("PAUSED") == 1
+    assert f"`knowledge-engine jobs resume {job}`" in told
+    assert "[JOB_ENDED]" in call("jobs", "pause", job, code=6).stderr
+    assert "[JOB_ENDED]" in call("jobs", "resume", job, code=6).stderr
+
+
+@pytest.mark.usefixtures("client_names")
+def test_an_estimate_and_the_place_in_the_queue(service: Service, tmp_path: Path) -> None:
+    read("data", "upload", "talks-3", write_rows(tmp_path / "talks.jsonl", CONVERSATIONS))
+    train = ("train", "--dataset", "talks-3", "--model", "waiting", "--max-steps", "100000")
+    estimate = read(*train, "--estimate")
+    assert (estimate["fits"], estimate["num_steps"], estimate["nearest_spec"]) == (True, 100_000, None)
+    assert estimate["memory"]["low_bytes"] < estimate["memory"]["expected_bytes"] < estimate["memory"]["high_bytes"]
+    told = call(*train, "--estimate").stdout
+    assert "100,000" in told
+    assert "fits" in told
+    first = read(*train, "--save-steps", "1", "--auto-find-batch-size", "--detach")
+    assert (first["spec"]["save_steps"], first["spec"]["auto_find_batch_size"]) == (1, True)
+    wait_until(lambda: read("jobs", "show", first["id"])["state"] == "RUNNING")
+    waiting = [read(*train, "--detach")["id"] for _ in range(2)]
+    assert [read("jobs", "show", job)["queue_position"] for job in waiting] == [1, 2]
+    assert "QUEUED, place 2" in call("jobs", "list").stdout
+    assert "QUEUED, place 1" in call("jobs", "show", waiting[0]).stdout
+    for job in waiting:
+        assert read("jobs", "cancel", job, "--yes")["state"] == "CANCELLED"
+    wait_until(lambda: read("jobs", "show", first["id"])["checkpoint_step"], seconds=120)
+    assert "checkpoint" in call("jobs", "show", first["id"]).stdout
+    read("jobs", "pause", first["id"])
+    wait_until(lambda: read("jobs", "show", first["id"])["state"] == "PAUSED")
+    with Client(service.grpc_address, KEY) as client:
+        events = [event.payload for event, _ in zip(client.watch_job(first["id"]), range(6), strict=False)]
+    assert any(isinstance(event, Progress | StateChange) for event in events)
+    assert read("jobs", "cancel", first["id"], "--yes")["state"] == "CANCELLED"
+    lines = call("jobs", "watch", first["id"], code=1).stderr.splitlines()
+    assert any("checkpoint at step" in line for line in lines)
 
 
 @pytest.mark.usefixtures("client_names")

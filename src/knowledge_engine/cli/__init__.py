@@ -17,7 +17,7 @@ from knowledge_engine.cli.output import EXIT_CODES, complain, exit_code
 from knowledge_engine.errors import KnowledgeEngineError
 
 _EPILOG = (
-    "Exit codes: 0 done; 1 unexpected, unhealthy, or the job did not succeed; 2 usage; "
+    "Exit codes: 0 done; 1 unexpected, unhealthy, does not fit, or the job did not succeed; 2 usage; "
     + "; ".join(f"{code} {words}" for code, words in EXIT_CODES.values())
     + "; 130 interrupted. KNOWLEDGE_SERVER and KNOWLEDGE_API_KEY say which server to call, and with which key."
 )

@@ -66,7 +66,7 @@ def train(
         bool, typer.Option("--auto-find-batch-size", help="Go on once with half the batch when memory runs out.")
     ] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only say what it would take; 1 if it won't fit.")
+        bool, typer.Option("--estimate", help="Only say what it would take and whether it fits.")
     ] = False,
     detach: DetachOption = False,
     json: JsonOption = False,

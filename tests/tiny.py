@@ -55,6 +55,50 @@ def build_tiny_base(folder: Path, family: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
+def build_random_llama(
+    folder: Path, *, width: int, inner: int, layers: int, heads: int, key_value_heads: int, vocabulary: int
+) -> Path:
+    """Writes a random Llama-shaped model of any size into `folder` (created), with the tiny tokenizer, and returns it.
+
+    Only its size is like a real one's: most of its vocabulary is never used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder)
+    random = np.random.default_rng(0)
+    keys = width // heads * key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+    }
+    for index in range(layers):
+        layer = f"model.layers.{index}"
+        for projection, outputs in (("q", width), ("k", keys), ("v", keys), ("o", width)):
+            shapes[f"{layer}.self_attn.{projection}_proj.weight"] = (outputs, width)
+        for projection in ("gate", "up"):
+            shapes[f"{layer}.mlp.{projection}_proj.weight"] = (inner, width)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (width, inner)
+        shapes[f"{layer}.input_layernorm.weight"] = (width,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (width,)
+    tensors = {
+        name: 0.02 * random.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 2
+        else np.ones(shape, dtype=np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = _config("llama") | {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    return folder
+
+
 def build_tiny_adapter(base: Path, folder: Path, seed: int, rank: int = 8, scale: float = 0.5) -> Path:
     """Writes a PEFT folder over all linear layers of `base` whose random A and B clearly change its answers."""
     folder.mkdir(parents=True, exist_ok=True)

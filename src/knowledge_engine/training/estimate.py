@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from knowledge_engine import devices
 from knowledge_engine.bases import Base
 from knowledge_engine.core import JobState, LoraConfig, Page, TrainingResult, TrainingSpec
-from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, StateError, Violation
+from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, StateError, UpstreamError, Violation
 from knowledge_engine.files import read_json
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
@@ -33,7 +33,7 @@ from knowledge_engine.training.plan import CHUNK_POSITIONS, EVALUATION_BATCH_SIZ
 
 _MIB = 2**20
 
-_LIBRARIES_BYTES = {devices.CPU: 800 * _MIB, devices.CUDA: 500 * _MIB}
+_LIBRARIES_BYTES = {devices.CPU: 830 * _MIB, devices.CUDA: 500 * _MIB}
 """Resident once everything is imported (CPU), or the context and kernels of a process on the device (CUDA)."""
 _FRAGMENTATION = 1.68
 """Resident over live bytes of what the loop allocates and frees on the CPU: glibc does not reuse freed aligned blocks
@@ -207,23 +207,34 @@ class Preflight:
 
 
 def demand_room(
-    settings: Settings, spec: TrainingSpec, base: Base, train: Sequence[Example], held_out: Sequence[Example]
+    settings: Settings,
+    spec: TrainingSpec,
+    base: Base,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    micro_batch: int,
 ) -> None:
-    """The check of a worker, once the base is prepared and before it loads.
+    """The check of a worker, once the base is prepared and before it loads; `micro_batch` examples go at once.
 
     Raises:
         StateError: MEMORY_INSUFFICIENT, with the nearest settings that would fit.
         CapacityError: DISK_FULL.
     """
+    halved = spec.model_copy(
+        update={
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": spec.gradient_accumulation_steps
+            * math.ceil(spec.per_device_train_batch_size / micro_batch),
+        }
+    )
     try:
         state = State.open(settings.state_url, migrate=False)
-    except KnowledgeEngineError as error:
-        _LOG.warning("the memory that this training needs is not checked: %s", error.message)
-        return
-    try:
-        Preflight(settings, state).demand_room(spec, base, Material(train, held_out))
-    finally:
-        state.close()
+        try:
+            Preflight(settings, state).demand_room(halved, base, Material(train, held_out))
+        finally:
+            state.close()
+    except UpstreamError as error:
+        _LOG.warning("whether there is memory for this training could not be found out: %s", error.message)
 
 
 class _Room:

@@ -37,6 +37,7 @@ from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText, Example, encode_conversations, read_template
 from knowledge_engine.tracking import Tracker, open_tracker
 from knowledge_engine.training.checkpoints import Checkpoints
+from knowledge_engine.training.estimate import demand_room
 from knowledge_engine.training.loop import TrainedSummary, demand_finite, evaluation_batches, train
 from knowledge_engine.training.loss import mean_loss
 from knowledge_engine.training.publishing import (
@@ -129,6 +130,7 @@ def _obtain(
     if kept := find_kept(settings, mark, context.job.id):
         context.log(f"nothing to train: job {kept.trained.job_id} trained exactly this and could not publish it")
         return kept
+    demand_room(settings, spec, base, material.train, material.held_out, shortages.micro_batch)
     folder = registry.stage(context.job.id)
     checkpoints = Checkpoints(context, settings, training_facts(*facts), spec.save_steps)
     summary = _train(context, spec, base, material, folder, tracker, device, checkpoints, shortages)

@@ -62,7 +62,13 @@ class FakeContext:
 
     stop_reason = StopReason.CANCELLED
 
-    def __init__(self, work_dir: Path, spec: TrainingSpec = SPEC, stop_after: int | None = None) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        spec: TrainingSpec = SPEC,
+        stop_after: int | None = None,
+        tell: Callable[[Progress], object] = lambda progress: None,
+    ) -> None:
         self.job = Job(id="job-1", kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
         self.work_dir = work_dir
         self.stop_at_check: int | None = None
@@ -74,9 +80,11 @@ class FakeContext:
         self.runs: list[TrackerRun] = []
         self.ends: list[Callable[[JobState | None], None]] = []
         self._stop_after = stop_after
+        self._tell = tell
 
     def report(self, progress: Progress) -> None:
         self.events.append(progress)
+        self._tell(progress)
 
     def log(self, message: str) -> None:
         self.lines.append(message)
@@ -145,7 +153,7 @@ def examples(bases: dict[str, Base]) -> list[Example]:
     return [text.encode_example(row) for row in _rows()]
 
 
-def _tuned(base: Base, spec: TrainingSpec = SPEC) -> modeling.PeftModel:
+def tuned(base: Base, spec: TrainingSpec = SPEC) -> modeling.PeftModel:
     precision = modeling.training_precision("cpu", use_qlora=spec.use_qlora)
     return modeling.attach_lora(modeling.load_base(base, precision, "cpu"), spec.lora, spec.seed)
 
@@ -156,7 +164,7 @@ def _run(
     """Trains with `changes` to SPEC; the adapter's weights and the progress events."""
     spec = TrainingSpec.model_validate(SPEC.model_dump() | changes)
     # A folder for each run: one that finds the checkpoints of another does not start at the beginning.
-    model, context = _tuned(base, spec), FakeContext(Path(tempfile.mkdtemp(dir=tmp_path)), spec)
+    model, context = tuned(base, spec), FakeContext(Path(tempfile.mkdtemp(dir=tmp_path)), spec)
     train(model, examples[2:], examples[:2], spec, context, no_log, "cpu", checkpoints_of(context))
     return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}, context.steps
 
@@ -180,7 +188,7 @@ def test_every_family_learns_and_its_adapter_serves(
         "lora": LoraConfig(dropout=0.05),
     }
     spec = TrainingSpec.model_validate(SPEC.model_dump() | changes)
-    model = _tuned(base, spec)
+    model = tuned(base, spec)
     kinds = {type(module).__name__ for module in model.modules()}
     assert ("Linear4bit" in kinds) is use_qlora
     before, _ = mean_loss(model, evaluation_batches(examples, "cpu"), lambda: None)
@@ -209,7 +217,7 @@ def test_the_short_way_equals_the_plain_loss_and_its_gradients(
 ) -> None:
     """Head on trained positions and fused LoRA, against PEFT's forward and a loss over all logits."""
     spec = SPEC.model_copy(update={"use_qlora": use_qlora, "lora": LoraConfig(dropout=0.0)})
-    model = _tuned(bases[family], spec)
+    model = tuned(bases[family], spec)
     for weight in (weights := [w for w in model.parameters() if w.requires_grad]):
         torch.nn.init.normal_(weight, std=0.05)
     batch = collate(examples[:3], "cpu")
@@ -233,7 +241,7 @@ def test_the_short_way_equals_the_plain_loss_and_its_gradients(
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean(bases: dict[str, Base], examples: list[Example]) -> None:
-    model = _tuned(bases["llama"], SPEC.model_copy(update={"lora": LoraConfig(dropout=0.25)}))
+    model = tuned(bases["llama"], SPEC.model_copy(update={"lora": LoraConfig(dropout=0.25)}))
     layer = modeling.adapted_linears(model)[0]
     torch.nn.init.normal_(layer.b)
     use_fused_lora(model, 1)
@@ -359,7 +367,7 @@ def test_batches_hold_every_example_once_and_similar_lengths() -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run(bases: dict[str, Base], examples: list[Example], tmp_path: Path) -> None:
-    model = _tuned(bases["llama"])
+    model = tuned(bases["llama"])
     modeling.adapted_linears(model)[0].b.data.fill_(math.nan)
     context = FakeContext(tmp_path)
     with pytest.raises(KnowledgeEngineError) as caught:
@@ -476,15 +484,20 @@ class Workshop:
         self.datasets = Datasets(root / "datasets", self.state)
         self.registry = Registry(root / "models")
         self.work_dir = root / "work"
-        self.work_dir.mkdir()
+        self.work_dir.mkdir(exist_ok=True)
         rows = [{"messages": [message.model_dump() for message in row]} for row in _rows(20)]
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         self.dataset = self.datasets.store("talks", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [lines])
 
-    def run(self, stop_after: int | None = None, **changes: Any) -> tuple[TrainingResult, FakeContext]:
+    def run(
+        self,
+        stop_after: int | None = None,
+        report: Callable[[Progress], object] = lambda progress: None,
+        **changes: Any,
+    ) -> tuple[TrainingResult, FakeContext]:
         values = {"dataset": "talks", "model": "shop", "max_steps": 6, "learning_rate": 0.01, "eval_split": 0.2}
         spec = TrainingSpec.model_validate(values | changes)
-        self.context = FakeContext(self.work_dir, spec, stop_after)
+        self.context = FakeContext(self.work_dir, spec, stop_after, report)
         state = JobState.FAILED
         try:
             result = run_training(self.context, self.settings, self.datasets, self.registry)

@@ -233,6 +233,9 @@ class Checkpoints:
         contents = self._contents(learned, boundary)
         try:
             size_bytes = self._write(step, contents)
+        except JobStopped:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            raise
         except OSError as error:
             shutil.rmtree(self._partial(step), ignore_errors=True)
             self._demand_ownership()

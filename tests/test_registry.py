@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from knowledge_engine.bases import Base
 from knowledge_engine.core import HeldOutComparison, ModelVersion, Page, TrainingSpec
-from knowledge_engine.errors import IntegrityError, NotFoundError, Reason
+from knowledge_engine.errors import IntegrityError, KnowledgeEngineError, NotFoundError, Reason
 from knowledge_engine.registry import Registry
 
 COMPARISON = HeldOutComparison(base_loss=2.5, tuned_loss=0.5, num_conversations=4, num_tokens=100, precision="float32")
@@ -30,8 +30,19 @@ def publish(
     weights: bytes = b"weights",
     check: Callable[[], None] = lambda: None,
 ) -> ModelVersion:
+    content = save({"weights": np.frombuffer(weights, np.uint8)})
+    return publish_content(registry, content, job_id, model, check)
+
+
+def publish_content(
+    registry: Registry,
+    content: bytes,
+    job_id: str = "job-1",
+    model: str = "shop",
+    check: Callable[[], None] = lambda: None,
+) -> ModelVersion:
     folder = registry.stage(job_id)
-    save_file({"weights": np.frombuffer(weights, np.uint8)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").write_bytes(content)
     (folder / "adapter_config.json").write_text("{}")
     return registry.publish(
         spec=TrainingSpec(dataset="d", model=model),
@@ -156,3 +167,28 @@ def test_files_are_private(registry: Registry) -> None:
     folder = registry.folder("shop", 1)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf", "largest"])
+def test_a_weight_that_is_no_number_is_never_published(registry: Registry, dtype: str, word: str) -> None:
+    kinds = {"F64": (8, 0x7FF << 52), "F32": (4, 0xFF << 23), "F16": (2, 31 << 10), "BF16": (2, 255 << 7)}
+    width, infinity = kinds[dtype]
+    value = {"nan": infinity + 1, "inf": infinity, "-inf": infinity | 1 << 8 * width - 1, "largest": infinity - 1}[word]
+    header = json.dumps({"lora_A": {"dtype": dtype, "shape": [3], "data_offsets": [0, 3 * width]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(2 * width) + value.to_bytes(width, "little")
+    if word == "largest":
+        assert publish_content(registry, content).version == 1
+        return
+    with pytest.raises(KnowledgeEngineError, match="lora_A") as caught:
+        publish_content(registry, content)
+    assert caught.value.reason is Reason.NON_FINITE
+    with pytest.raises(NotFoundError):
+        registry.resolve("shop", None)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100, (2).to_bytes(8, "little") + b"[]"], ids=str)
+def test_what_is_no_file_of_weights_is_never_published(registry: Registry, content: bytes) -> None:
+    with pytest.raises(IntegrityError, match="no file of weights") as caught:
+        publish_content(registry, content)
+    assert caught.value.reason is Reason.MODEL_VERSION_CORRUPT

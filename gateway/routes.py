@@ -52,7 +52,7 @@ IdempotencyKey = Annotated[
 @router.post(
     "/train",
     response_model=schemas.TrainResponse,
-    responses=errors(404, 429, *JSON_BODY),
+    responses=errors(404, 409, 429, *JSON_BODY),
     openapi_extra=rpc("JobService.CreateTrainingJob"),
     tags=["training"],
 )

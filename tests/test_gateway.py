@@ -266,7 +266,7 @@ def test_a_repeated_key_makes_one_job(client: httpx2.Client) -> None:
     assert create("once", 1).json()["job_id"] == first["job_id"]
     assert create("twice", 1).json()["job_id"] != first["job_id"]
     other = create("once", 2)
-    assert (other.status_code, other.json()["reason"]) == (400, "REQUEST_ID_REUSED")
+    assert (other.status_code, other.json()["reason"]) == (409, "REQUEST_ID_REUSED")
 
 
 @pytest.mark.parametrize("trick", TRICKS)

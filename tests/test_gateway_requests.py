@@ -194,11 +194,11 @@ async def test_an_idempotency_key_of_another_shape_is_422(
 async def test_a_key_of_another_request_is_refused_with_its_reason(
     server: ScriptedServer, client: httpx2.AsyncClient
 ) -> None:
-    reused = status(grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED")
+    reused = status(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
     server.script["CreateTrainingJob"] = server.script["CreateGenerationJob"] = reused
     for path, body in CREATING:
         answer = await client.post(path, json=body, headers={"idempotency-key": "k"})
-        assert (answer.status_code, answer.json()["reason"]) == (400, "REQUEST_ID_REUSED")
+        assert (answer.status_code, answer.json()["reason"]) == (409, "REQUEST_ID_REUSED")
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "cancel"])

@@ -390,7 +390,7 @@ async def test_a_repeated_request_answers_with_the_first_job(channel: grpc.aio.C
     assert await ask("two") != names[0]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await ask("one", seed=7)
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
     for bad in ("x" * 256, "tab\t", "\u00e9"):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await ask(bad)

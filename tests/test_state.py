@@ -36,7 +36,6 @@ from knowledge_engine.errors import (
     CapacityError,
     ConflictError,
     IntegrityError,
-    InvalidSpecError,
     KnowledgeEngineError,
     NotFoundError,
     Reason,
@@ -475,7 +474,7 @@ def test_many_equal_requests_make_one_job(state: State) -> None:
 def test_a_request_id_stands_for_one_spec(state: State) -> None:
     made = state.create_job(SPEC, "shop", Request("id", "one"))
     for ask in (state.find_request, lambda *a: state.create_job(SPEC, *a)):
-        with pytest.raises(InvalidSpecError) as caught:
+        with pytest.raises(AlreadyExistsError) as caught:
             ask("shop", Request("id", "other"))
         assert caught.value.reason is Reason.REQUEST_ID_REUSED
         assert caught.value.metadata == {"job": made.id}

@@ -160,7 +160,7 @@ class State:
 
         Raises:
             CapacityError: QUEUE_FULL.
-            InvalidSpecError: REQUEST_ID_REUSED.
+            AlreadyExistsError: REQUEST_ID_REUSED.
         """
         kind = JobKind.TRAINING if isinstance(spec, TrainingSpec) else JobKind.GENERATION
         job = Job(id=_new_job_id(), kind=kind, state=JobState.QUEUED, spec=spec, create_time=utc_now(), creator=creator)
@@ -199,7 +199,7 @@ class State:
         """The job that this request has made already.
 
         Raises:
-            InvalidSpecError: REQUEST_ID_REUSED, it asked for something else.
+            AlreadyExistsError: REQUEST_ID_REUSED, it asked for something else.
         """
         with self._read() as connection:
             return _find_request(connection, creator, request)
@@ -479,13 +479,17 @@ class State:
 
     # --- datasets -------------------------------------------------------------------------------------------------
 
-    def add_dataset(self, dataset: Dataset) -> Dataset:
-        """Records a dataset; the same content under the same name again answers with the stored one.
+    def add_dataset(self, dataset: Dataset, attempt: int | None = None) -> Dataset:
+        """Records a dataset; the same content under the same name again answers with the stored one. `attempt` is
+        that of its job.
 
         Raises:
+            ConflictError: ATTEMPT_SUPERSEDED.
             AlreadyExistsError: DATASET_EXISTS, when the name stands for other content.
         """
         with self._write() as connection:
+            if attempt is not None:
+                _get_attempt(connection, dataset.job_id, attempt)
             row = connection.execute(sa.select(DATASETS).where(DATASETS.c.name == dataset.name)).first()
             if row is None:
                 values = dataset.model_dump(mode="python")
@@ -619,7 +623,7 @@ def _find_request(connection: sa.Connection, creator: str, request: Request) -> 
     if row is None:
         return None
     if row.digest != request.digest:
-        raise InvalidSpecError(
+        raise AlreadyExistsError(
             f"this request id made job {row.job_id}, which was asked for something else; take a new id",
             reason=Reason.REQUEST_ID_REUSED,
             violations=[Violation("request_id", "was used with another spec")],
@@ -669,7 +673,11 @@ def _transition(
     details = None if error is None else error.to_dict()
     values: dict[str, Any] = {"state": target.value, "pause_requested": False}
     if target.is_terminal:
-        values |= {"end_time": utc_now(), "error": details and json.dumps(details)}
+        # The clock of whoever says so may be behind that of whoever began it; nothing lasts less than no time.
+        values |= {
+            "end_time": max(utc_now(), job.start_time or job.create_time),
+            "error": details and json.dumps(details),
+        }
     connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(values))
     _append(connection, job.id, [StateChange(state=target, attempt=job.attempt, message=message, error=details)])
 

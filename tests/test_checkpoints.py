@@ -246,16 +246,22 @@ class Toy:
         return checkpoints.resume(self.learned, self.masks, "cpu")
 
 
-def _store(context: FakeContext, **settings: Any) -> Checkpoints:
+def _facts(seed: int = 1) -> dict[str, Any]:
+    """What makes a training the one it is, afresh for every call."""
+    spec = TrainingSpec(dataset="d", model="m", seed=seed)
+    return {"spec": spec.model_dump(mode="json"), "base_digest": "x"}
+
+
+def _store(context: FakeContext, facts: dict[str, Any] | None = None, **settings: Any) -> Checkpoints:
     values = {"data_dir": context.work_dir, "checkpoint_seconds": 1e-9}
-    return Checkpoints(context, Settings(**values | settings), {"spec": {"seed": 1}, "base_digest": "x"}, 1)
+    return Checkpoints(context, Settings(**values | settings), facts or _facts(), 1)
 
 
-def _saved(work_dir: Path, *steps: int) -> FakeContext:
+def _saved(work_dir: Path, *steps: int, facts: dict[str, Any] | None = None) -> FakeContext:
     """Checkpoints after these steps."""
     work_dir.mkdir(exist_ok=True)
     context, toy = FakeContext(work_dir), Toy()
-    store = _store(context)
+    store = _store(context, facts)
     toy.resume(store)
     for step in steps:
         store.save(toy.learned, toy.step(step))
@@ -357,9 +363,9 @@ def test_a_checkpoint_that_the_store_knows_and_the_disk_does_not_is_missed(tmp_p
 @pytest.mark.parametrize(
     ("facts", "changed"),
     [
-        ({"spec": {"seed": 2}, "base_digest": "x"}, "spec.seed"),
-        ({"spec": {"seed": 1}, "base_digest": "y"}, "base_digest"),
-        ({"spec": {"seed": 1}, "base_digest": "x", "dataset_digest": "z"}, "dataset_digest"),
+        (_facts(seed=2), "spec.seed"),
+        (_facts() | {"base_digest": "y"}, "base_digest"),
+        (_facts() | {"dataset_digest": "z"}, "dataset_digest"),
     ],
     ids=["spec", "base", "dataset"],
 )
@@ -371,6 +377,24 @@ def test_a_checkpoint_of_another_training_is_refused_by_what_changed(
         Toy().resume(Checkpoints(context, Settings(data_dir=tmp_path), facts, 1))
     assert caught.value.reason is Reason.CHECKPOINT_UNUSABLE
     assert _names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_of_an_older_release_is_gone_on_with(tmp_path: Path) -> None:
+    """It does not know the fields that came later; they stand at their defaults."""
+    older = _facts()
+    del older["spec"]["save_steps"]
+    context = _saved(tmp_path, 1, facts=older)
+    assert Toy().resume(Checkpoints(context, Settings(data_dir=tmp_path), _facts(), 1)).step == 1
+
+
+def test_an_attempt_that_comes_too_late_does_not_take_the_folder_over(tmp_path: Path) -> None:
+    context = _saved(tmp_path, 1)
+    context.job = context.job.model_copy(update={"attempt": 7})
+    Toy().resume(Checkpoints(context, Settings(data_dir=tmp_path), _facts(), 1))
+    context.job = context.job.model_copy(update={"attempt": 6})
+    with pytest.raises(JobStopped) as caught:
+        Toy().resume(Checkpoints(context, Settings(data_dir=tmp_path), _facts(), 1))
+    assert caught.value.reason is StopReason.SUPERSEDED
 
 
 def test_other_examples_than_before_are_noticed(

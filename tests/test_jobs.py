@@ -219,7 +219,7 @@ async def test_a_worker_without_a_server_ends_by_itself(make_settings: Callable[
         await process.wait()
     await gone(worker)
     job = state.get_job(name.removeprefix("jobs/"))
-    assert job.state is JobState.RUNNING  # nobody was there to say otherwise
+    assert job.state is JobState.QUEUED  # it kept what it had and let the job go
     state.close()
     async with (
         await start_server(settings) as server,

@@ -122,7 +122,7 @@ def test_a_staged_folder_is_invisible_and_goes_when_discarded(registry: Registry
     folder = registry.stage("job-1")
     (folder / "adapter_model.safetensors").write_bytes(b"half")
     assert registry.list_models(Page(10, None)) == ([], None)
-    registry.discard_stage("job-1")
+    registry.discard_stage("job-1", 1)
     assert not folder.exists()
 
 

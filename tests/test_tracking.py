@@ -315,7 +315,7 @@ def test_a_run_whose_workers_all_died_is_ended_for_them(tmp_path: Path) -> None:
         settings = Settings(data_dir=tmp_path, wandb_api_key=SecretStr(KEY), wandb_base_url=fake.url)
         state = State.open(settings.state_url)
         job = state.create_job(_job().spec)
-        assert state.claim_job([JobKind.TRAINING])
+        assert state.claim_job({JobKind.TRAINING: 9})
         state.set_tracker_run(job.id, 1, TrackerRun(id=job.id))
         state.bury_attempt(job.id, 1, "signal SIGKILL", 1, Reason.WORKER_CRASHED)
         state.close()
@@ -417,7 +417,7 @@ def test_what_is_told_at_an_attempts_end_is_what_the_store_decided(
     settings = Settings(data_dir=tmp_path)
     state = State.open(settings.state_url)
     state.create_job(_job().spec)
-    job = state.claim_job([JobKind.TRAINING])
+    job = state.claim_job({JobKind.TRAINING: 9})
     assert job is not None
     attempt = Attempt(settings, state, job)
     attempt.work_dir.mkdir(parents=True)
@@ -434,12 +434,12 @@ def test_an_attempt_that_comes_too_late_leaves_the_next_one_alone(tmp_path: Path
     settings = Settings(data_dir=tmp_path)
     state = State.open(settings.state_url)
     state.create_job(_job().spec)
-    first = state.claim_job([JobKind.TRAINING])
+    first = state.claim_job({JobKind.TRAINING: 9})
     assert first is not None
     attempt = Attempt(settings, state, first)
     attempt.work_dir.mkdir(parents=True)
     state.abandon_attempt(first.id, first.attempt, "given up")
-    assert state.claim_job([JobKind.TRAINING])
+    assert state.claim_job({JobKind.TRAINING: 9})
     staged = Registry.open(settings).stage(first.id)
     assert end_attempt(attempt, JobStopped(StopReason.SUPERSEDED), settings, state) is None
     with pytest.raises(ConflictError):

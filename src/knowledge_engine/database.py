@@ -61,6 +61,8 @@ JOBS = sa.Table(
     sa.Column("memory_bytes", sa.BigInteger),
     # Counts the current attempt's signs of life. Whether it moves says who lives; no two clocks are ever compared.
     sa.Column("beat", sa.BigInteger, nullable=False, server_default="0"),
+    # False from the end of a job until what it left is cleared away and its tracker knows.
+    sa.Column("is_seen_off", sa.Boolean, nullable=False, server_default=sa.true()),
     # Who runs the current attempt: a pid alone may be reused, with this it may not.
     sa.Column("worker_identity", sa.String(80)),
 )

@@ -23,6 +23,11 @@ class _Trigger(NamedTuple):
     passing: int | None
 
 
+def is_active() -> bool:
+    """Whether the environment names any."""
+    return bool(_TRIGGERS)
+
+
 def failpoint(name: str) -> None:
     """Does what the environment asks for at this place: nothing, as a rule."""
     trigger = _TRIGGERS.get(name)

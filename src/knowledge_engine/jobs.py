@@ -40,6 +40,11 @@ MAX_CONCURRENT_GENERATIONS = 2
 _SWEEP_SECONDS = 0.5
 _STARTING_SECONDS = 30.0
 """A worker may take so long to its first beat."""
+_LINGERING_SECONDS = 60.0
+"""A worker may take so long to clear up and to tell its tracker, once its job's end is written down."""
+_MAX_START_DELAY_SECONDS = 30.0
+_LAST_WORDS_BYTES = 16_384
+_MAX_LINE_LENGTH = 300
 _TAIL_SECONDS = 0.1
 _TAIL_EVENTS = 4096
 _REPLAY_EVENTS = 500
@@ -49,8 +54,9 @@ _LOG_TAIL_LINES = 20
 class Jobs:
     """Create, `start` and `stop` it inside one event loop."""
 
-    def __init__(self, settings: Settings, state: State, clean_up: Callable[[Job], None]) -> None:
-        """`clean_up` takes away what a job's attempts have left and nobody needs in the job's state."""
+    def __init__(self, settings: Settings, state: State, clean_up: Callable[[Job], None], lock_file: int) -> None:
+        """`clean_up` takes away what a job's attempts have left and nobody needs in the job's state. `lock_file` is
+        what `take_server_lock` gave; it is closed by `stop`."""
         self.trouble = ""
         """Why jobs cannot be started now; empty while they can."""
         self._settings = settings
@@ -61,20 +67,20 @@ class Jobs:
         self._pulse = _Pulse(settings.lease_seconds)
         self._lease_pulse = _Pulse(settings.lease_seconds)
         self._tails: dict[str, _Tail] = {}
-        self._chores: set[asyncio.Task[None]] = set()
+        self._chores: dict[str, asyncio.Task[None]] = {}
+        self._num_failed_starts = 0
+        self._start_again_time = 0.0
+        self._under_way: set[_Key] = set()
         self._cancelled_at: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._dispatcher: asyncio.Task[None] | None = None
-        self._lock_file: int | None = None
+        self._lock_file: int | None = lock_file
 
     async def start(self) -> None:
-        """Begins to run what is queued.
-
-        Raises:
-            StateError: another server runs on the same data directory.
-        """
-        self._lock_file = await asyncio.to_thread(_take_server_lock, server_lock_path(self._settings))
+        """Begins to run what is queued, and sees off what a former server did not."""
+        for job in await asyncio.to_thread(self._state.ended_jobs_to_see_off):
+            self._see_off(job)
         self._dispatcher = asyncio.create_task(self._dispatch())
 
     async def stop(self) -> None:
@@ -87,8 +93,8 @@ class Jobs:
         for tail in self._tails.values():
             tail.stop()
         if self._chores:
-            _, late = await asyncio.wait(self._chores, timeout=self._settings.drain_seconds)
-            for chore in late:
+            _, late = await asyncio.wait(self._chores.values(), timeout=self._settings.drain_seconds)
+            for chore in late:  # the next server goes on with it
                 chore.cancel()
         if self._lock_file is not None:
             os.close(self._lock_file)
@@ -99,6 +105,7 @@ class Jobs:
     ) -> Job:
         """Stores a job; once this returns, it is not lost. See `State.create_job`."""
         job = await asyncio.to_thread(self._state.create_job, spec, creator, request, memory_bytes)
+        failpoint("create.done")
         self._wake.set()
         return job
 
@@ -175,27 +182,39 @@ class Jobs:
 
     async def _start_queued(self) -> None:
         while not self._stopping:
-            running = [worker.job.kind for worker in self._workers.values()]
+            if time.monotonic() < self._start_again_time:
+                return
+            # Who has ended its job still takes its place while it lives.
+            lingering = [worker.job.kind for key, worker in self._workers.items() if key not in self._under_way]
             limits = {
                 # A slim server leaves trainings to a full one on the same data.
                 JobKind.TRAINING: self._settings.max_concurrent_trainings if can_train() else 0,
                 JobKind.GENERATION: MAX_CONCURRENT_GENERATIONS,
             }
-            free = [kind for kind, limit in limits.items() if running.count(kind) < limit]
+            free = {kind: limit - lingering.count(kind) for kind, limit in limits.items()}
             job = await asyncio.to_thread(self._state.claim_job, free, self._memory_bytes)
             if job is None:
                 return
             failpoint("claim.done")
-            try:
-                worker = await _Child.start(self._settings, job)
-            except OSError as error:
-                message = f"its worker could not be started: {error.strerror}"
-                await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
-                raise
-            self._take_charge(worker)
+            await self._start(job)
+
+    async def _start(self, job: Job) -> None:
+        """Raises what kept the worker from starting; the job waits again then, and so does every other for a while."""
+        try:
+            worker = await _Child.start(self._settings, job)
+        except Exception as error:
+            self._num_failed_starts += 1
+            self._start_again_time = time.monotonic() + min(2.0**self._num_failed_starts, _MAX_START_DELAY_SECONDS)
+            message = f"its worker could not be started: {error}"
+            await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
+            raise
+        self._num_failed_starts = 0
+        self._take_charge(worker)
 
     def _take_charge(self, worker: _Worker) -> None:
-        self._workers[_key(worker.job)] = worker
+        key = _key(worker.job)
+        self._workers[key] = worker
+        self._under_way.add(key)
         worker.settled = asyncio.create_task(self._settle(worker))
 
     async def _settle(self, worker: _Worker) -> None:
@@ -206,6 +225,8 @@ class Jobs:
         try:
             while not await self._is_buried(worker, code):  # noqa: ASYNC110
                 await asyncio.sleep(_SWEEP_SECONDS)
+        except Exception:  # the sweep finds the job without a worker, and buries it again
+            _LOG.exception("the end of attempt %d of job %s could not be written down", worker.job.attempt, key[0])
         finally:
             del self._workers[key]
             self._pulse.forget(key)
@@ -214,11 +235,12 @@ class Jobs:
     async def _is_buried(self, worker: _Worker, code: int | None) -> bool:
         """False while the store cannot be told."""
         try:
-            await self._bury(worker, code)
-        except ConflictError:  # it finished by itself: the ordinary case; but it may have died just after
-            job = await self.get(worker.job.id)
-            if code != 0 and job.state.is_terminal:
-                self._see_off(job)
+            try:
+                await self._bury(worker, code)
+            except ConflictError:  # it finished by itself: the ordinary case; but it may have died just after
+                for job in await asyncio.to_thread(self._state.ended_jobs_to_see_off):
+                    if job.id == worker.job.id:
+                        self._see_off(job)
         except KnowledgeEngineError as error:
             if not self._stopping:
                 return False
@@ -228,14 +250,17 @@ class Jobs:
     async def _bury(self, worker: _Worker, code: int | None) -> None:
         """Ends an attempt whose process is gone without a word."""
         job, how = worker.job, worker.verdict or _describe_exit(code)
-        if worker.interrupted or code == -signal.SIGTERM:
+        if worker.interrupted or code in {-signal.SIGTERM, 128 + signal.SIGTERM}:
             message = "interrupted before it could make a checkpoint"
+            job = await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
+        elif worker.fell_with_its_machine:
+            message = "its machine, or the server that had just started it, ended"
             job = await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
         else:
             reason = Reason.OUT_OF_MEMORY if worker.was_out_of_memory(code) else Reason.WORKER_CRASHED
             if reason is Reason.OUT_OF_MEMORY:
                 how += ", by the kernel, which had run out of memory"
-            how += _last_words(self._settings, job)
+            how += await asyncio.to_thread(_last_words, self._settings, job)
             job = await asyncio.to_thread(self._state.bury_attempt, job.id, job.attempt, how, MAX_CRASHES, reason)
         _LOG.warning("job %s, attempt %d: %s", job.id, job.attempt, how)
         if job.state.is_terminal:
@@ -245,9 +270,9 @@ class Jobs:
 
     def _see_off(self, job: Job) -> None:
         """Does for a job that has ended what its worker could not do any more; nobody waits for it."""
-        chore = asyncio.create_task(self._clear_away(job))
-        self._chores.add(chore)
-        chore.add_done_callback(self._chores.discard)
+        if job.id not in self._chores:
+            chore = self._chores[job.id] = asyncio.create_task(self._clear_away(job))
+            chore.add_done_callback(lambda _: self._chores.pop(job.id))
 
     async def _clear_away(self, job: Job) -> None:
         try:
@@ -255,27 +280,37 @@ class Jobs:
             if job.tracker_run is not None and can_train():
                 last = await _Child.start(self._settings, job)
                 try:
-                    await last.wait()
+                    await asyncio.wait_for(last.wait(), _LINGERING_SECONDS)
                 finally:
                     last.kill_group()
-        except (KnowledgeEngineError, OSError):
+            await asyncio.to_thread(self._state.set_seen_off, job.id)
+        except Exception:  # the next server tries again
             _LOG.exception("something of job %s may be left", job.id)
 
     async def _sweep(self) -> None:
         """Adopts what a former server left, presses what was asked to stop, and ends what gives no sign of life."""
+        known = set(self._workers)
         attempts = await asyncio.to_thread(self._state.running_attempts)
+        self._under_way = {_key(attempt.job) for attempt in attempts}
         self._pulse.feel({_key(attempt.job): attempt.beat for attempt in attempts})
         cancelling = {attempt.job.id for attempt in attempts if attempt.job.state is JobState.CANCELLING}
         self._cancelled_at = {job_id: self._cancelled_at.get(job_id, time.monotonic()) for job_id in cancelling}
+        silent: list[_Worker] = []
         for attempt in attempts:
-            worker = self._workers.get(_key(attempt.job))
-            if worker is None and (worker := self._adopted(attempt)) is None:
-                continue
+            key = _key(attempt.job)
+            worker = self._workers.get(key)
+            if worker is None and (key in known or (worker := self._adopted(attempt)) is None):
+                continue  # it has just ended, or not yet said who it is
             cancelled_at = self._cancelled_at.get(attempt.job.id)
             if cancelled_at is not None and time.monotonic() - cancelled_at >= self._settings.cancel_grace_seconds:
                 worker.kill_group()
-            elif self._pulse.is_silent(_key(attempt.job)):
-                await self._end_silent(worker)
+            elif self._pulse.is_silent(key):
+                silent.append(worker)
+        for key, worker in self._workers.items():
+            if key not in self._under_way:
+                worker.end_lingering()
+        for worker in silent:
+            await self._end_silent(worker)
         await self._drop_dead_leases()
 
     def _adopted(self, attempt: RunningAttempt) -> _Worker | None:
@@ -365,22 +400,26 @@ class _Pulse:
 class _Worker(ABC):
     """The process of one attempt."""
 
-    def __init__(self, job: Job, pid: int | None) -> None:
+    def __init__(self, job: Job, pid: int | None, identity: str | None) -> None:
         self.job = job
         self.pid = pid
+        self.identity = identity
         self.interrupted = False
         self.verdict = ""
         """Why it was killed; empty unless it was."""
         self.settled: asyncio.Task[None] | None = None
         self._oom_kills = _count_oom_kills()
+        self._over_since: float | None = None
 
     @abstractmethod
     async def wait(self) -> int | None:
         """Until the process is gone; its exit code, negative for a signal, or None where that cannot be known."""
 
-    @abstractmethod
-    def _is_ours(self) -> bool:
-        """Whether the pid still means this process."""
+    @property
+    def fell_with_its_machine(self) -> bool:
+        """Whether its end was no crash of its own: the machine started anew since, or its server was killed before it
+        gave a sign of life."""
+        return False
 
     def was_out_of_memory(self, code: int | None) -> bool:
         """Whether the kernel has killed processes for want of memory meanwhile, likely this one."""
@@ -389,7 +428,7 @@ class _Worker(ABC):
     async def interrupt(self, grace_seconds: float) -> None:
         """Asks it to keep what it has and end; after the grace it is killed."""
         self.interrupted = True
-        if self.pid is not None and self._is_ours():
+        if self.pid is not None and process_identity(self.pid) == self.identity is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
         if self.settled is not None:
@@ -398,9 +437,18 @@ class _Worker(ABC):
                 self.kill_group()
                 await self.settled
 
+    def end_lingering(self) -> None:
+        """Kills it when its attempt is over and it still lives long after."""
+        now = time.monotonic()
+        self._over_since = self._over_since or now
+        if now - self._over_since > _LINGERING_SECONDS:
+            _LOG.warning("the worker of job %s did not end by itself and is killed", self.job.id)
+            self.kill_group()
+
     def kill_group(self) -> None:
-        """A worker leads its session, so this reaches whatever it has started."""
-        if self.pid is not None:
+        """A worker leads its session, so this reaches whatever it has started, also after its own end: a pid is not
+        given anew while a group bears it. A stranger that has the pid is left alone."""
+        if self.pid is not None and process_identity(self.pid) in {self.identity, None}:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
@@ -409,7 +457,7 @@ class _Child(_Worker):
     """A worker that this process has started."""
 
     def __init__(self, job: Job, process: asyncio.subprocess.Process) -> None:
-        super().__init__(job, process.pid)
+        super().__init__(job, process.pid, process_identity(process.pid))
         self._process = process
 
     @classmethod
@@ -438,27 +486,27 @@ class _Child(_Worker):
     async def wait(self) -> int | None:
         return await self._process.wait()
 
-    def _is_ours(self) -> bool:
-        return self._process.returncode is None
-
 
 class _Adopted(_Worker):
     """A worker that a former server has started."""
 
     def __init__(self, attempt: RunningAttempt) -> None:
-        super().__init__(attempt.job, attempt.worker_pid)
-        self._identity = attempt.worker_identity
+        super().__init__(attempt.job, attempt.worker_pid, attempt.worker_identity)
 
     async def wait(self) -> int | None:
-        while self._is_ours():  # noqa: ASYNC110 (nobody tells of the end of a stranger's child)
+        while self._lives():  # noqa: ASYNC110 (nobody tells of the end of a stranger's child)
             await asyncio.sleep(_SWEEP_SECONDS / 2)
         return None
 
-    def _is_ours(self) -> bool:
-        return self.pid is not None and process_identity(self.pid) == self._identity
+    @property
+    def fell_with_its_machine(self) -> bool:
+        return self.identity is None or not self.identity.startswith(_boot())
+
+    def _lives(self) -> bool:
+        return self.pid is not None and process_identity(self.pid) == self.identity is not None
 
     def kill_group(self) -> None:
-        if self._is_ours():
+        if self.identity is not None and not self.fell_with_its_machine:
             super().kill_group()
 
 
@@ -524,7 +572,13 @@ class _Tail:
         self._changed = asyncio.Event()
 
 
-def _take_server_lock(path: Path) -> int:
+def take_server_lock(settings: Settings) -> int:
+    """An open file whose lock keeps every other server from this data directory. Blocks.
+
+    Raises:
+        StateError: SERVER_RUNNING.
+    """
+    path = server_lock_path(settings)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     # A worker may be looking at the lock this very moment; a server keeps it.
@@ -567,10 +621,16 @@ def process_identity(pid: int) -> str | None:
     when there is no such process, or only its remains."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except (FileNotFoundError, ProcessLookupError):
         return None if Path("/proc/self/stat").exists() else _portable_identity(pid)
-    return None if fields[0] in {"Z", "X"} else f"{boot} {fields[19]}"
+    return None if fields[0] in {"Z", "X"} else f"{_boot()} {fields[19]}"
+
+
+def _boot() -> str:
+    """What tells this start of the machine from every other; empty where there is no such thing."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
 
 
 def _portable_identity(pid: int) -> str | None:
@@ -595,15 +655,25 @@ def _count_oom_kills() -> int:
 def _describe_exit(code: int | None) -> str:
     if code is None:
         return "its process ended while no server was its parent"
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(-code).name}"
+    return f"signal {-code}"
 
 
 def _last_words(settings: Settings, job: Job) -> str:
-    with contextlib.suppress(OSError):
-        lines = _log_path(settings, job).read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-        if lines:
-            return "; its last words:\n" + "\n".join(lines)
-    return ""
+    """The end of the worker's log, without secrets."""
+    try:
+        with _log_path(settings, job).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    for secret in settings.secrets():
+        text = text.replace(secret, "***")
+    lines = [line[:_MAX_LINE_LENGTH] for line in text.splitlines()[-_LOG_TAIL_LINES:]]
+    return "; its last words:\n" + "\n".join(lines) if lines else ""
 
 
 def _log_path(settings: Settings, job: Job) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from datetime import timedelta
 
-from knowledge_engine.core import GenerationSpec, Job, JobState, TrainingSpec
+from knowledge_engine.core import GenerationSpec, Job, JobState, TrainingSpec, utc_now
 from knowledge_engine.datasets import Datasets
-from knowledge_engine.errors import CredentialsError, NotFoundError, Reason, StateError, UpstreamError
+from knowledge_engine.errors import KnowledgeEngineError, NotFoundError, Reason, StateError
 from knowledge_engine.generation import journal
 from knowledge_engine.jobs import work_dir
 from knowledge_engine.registry import Registry
@@ -18,6 +19,9 @@ from knowledge_engine.training.publishing import drop_kept
 
 CHECKPOINTS = "checkpoints"
 """The folder of a job's checkpoints, in its work folder."""
+
+KEPT_FOR = timedelta(days=30)
+_DEATHS = {Reason.WORKER_CRASHED, Reason.OUT_OF_MEMORY}
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ def clean_up(settings: Settings, state: State, job: Job) -> None:
     stay, and so does what a job goes on from, or somebody may want to after it has failed.
     """
     registry = Registry.open(settings)
-    registry.discard_stage(job.id)
+    registry.discard_stage(job.id, job.attempt)
     folder = work_dir(settings, job.id)
     if job.attempt and (job.state is JobState.CANCELLED or _was_declared_dead(job)):
         _retract(settings, state, registry, job)
@@ -47,7 +51,7 @@ def clean_up(settings: Settings, state: State, job: Job) -> None:
 
 def _was_declared_dead(job: Job) -> bool:
     """Whether its workers crashed so often that the server has given it up."""
-    return job.state is JobState.FAILED and job.error is not None and job.error["reason"] == Reason.WORKER_CRASHED
+    return job.state is JobState.FAILED and job.error is not None and job.error["reason"] in _DEATHS
 
 
 def _retract(settings: Settings, state: State, registry: Registry, job: Job) -> None:
@@ -55,7 +59,7 @@ def _retract(settings: Settings, state: State, registry: Registry, job: Job) -> 
         case TrainingSpec(model=model):
             try:
                 registry.retract(model, job.id)
-            except (UpstreamError, CredentialsError) as error:
+            except KnowledgeEngineError as error:
                 _LOG.error("what job %s has published of %r may stay: %s", job.id, model, error.message)
         case GenerationSpec(dataset=str(name)):
             datasets = Datasets(settings.data_dir / "datasets", state)
@@ -63,3 +67,13 @@ def _retract(settings: Settings, state: State, registry: Registry, job: Job) -> 
                 if state.get_dataset(name).job_id == job.id:
                     datasets.delete(name)
             datasets.discard_unrecorded(name)
+
+
+def sweep_checkpoints(settings: Settings, state: State, max_age: timedelta = KEPT_FOR) -> None:
+    """Takes away the checkpoints of jobs that failed long ago: nobody came back for them."""
+    for folder in (settings.data_dir / "jobs").glob(f"*/{CHECKPOINTS}"):
+        with contextlib.suppress(NotFoundError):
+            job = state.get_job(folder.parent.name)
+            if job.end_time is not None and utc_now() - job.end_time > max_age:
+                _LOG.warning("the checkpoints of job %s are taken away: it failed more than 30 days ago", job.id)
+                shutil.rmtree(folder, ignore_errors=True)

@@ -100,15 +100,19 @@ class Registry:
     def has_bucket(self) -> bool:
         return self._remote is not None
 
-    def stage(self, job_id: str) -> Path:
-        """A fresh private folder for a job to fill and publish; whatever the job left there before is gone."""
-        folder = self._root / _STAGING / job_id
+    def stage(self, job_id: str, attempt: int = 1) -> Path:
+        """A fresh private folder for an attempt of a job to fill and publish; whatever it left there before is gone.
+        No two attempts share one: the earlier may still be alive."""
+        folder = self._root / _STAGING / f"{job_id}.{attempt}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
         return folder
 
-    def discard_stage(self, job_id: str) -> None:
-        shutil.rmtree(self._root / _STAGING / job_id, ignore_errors=True)
+    def discard_stage(self, job_id: str, attempt: int) -> None:
+        """Takes away what this attempt and those before it have staged."""
+        for folder in (self._root / _STAGING).glob(f"{job_id}.*"):
+            if int(folder.suffix[1:]) <= attempt:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def publish(
         self,
@@ -459,8 +463,15 @@ class Registry:
         return sorted(path.name for path in self._root.iterdir() if is_name(path.name)) if self._root.is_dir() else []
 
     def _published_by(self, model: str, job_id: str) -> ModelVersion | None:
-        versions = (self.get(model, number) for number in sorted(self._numbers(model), reverse=True))
-        return next((version for version in versions if version.job_id == job_id), None)
+        for number in sorted(self._numbers(model), reverse=True):
+            try:
+                version = self.get(model, number)
+            except (IntegrityError, NotFoundError) as error:  # a neighbour's trouble is not ours
+                _LOG.warning("passed over: %s", error.message)
+                continue
+            if version.job_id == job_id:
+                return version
+        return None
 
     def _numbers(self, model: str, *, deleted: bool = False) -> list[int]:
         home = self._root / model

@@ -189,6 +189,12 @@ class Settings(BaseSettings):
     def state_url(self) -> str:
         return f"sqlite:///{self.data_dir / 'state.db'}"
 
+    def secrets(self) -> list[str]:
+        """What must be seen nowhere: keys of callers and of services."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        secrets = [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+        return [secret for secret in (*secrets, *self.keys.values()) if secret]
+
     def environment(self) -> dict[str, str]:
         """The settings as `KNOWLEDGE_*` variables, for child processes; they never travel in argv."""
         values: dict[str, str] = {}

@@ -11,9 +11,9 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
@@ -184,7 +184,7 @@ class State:
                     state=job.state.value,
                     spec=spec.model_dump_json(),
                     create_time=job.create_time,
-                    queue_time=job.create_time,
+                    queue_time=_next_queue_time(connection),
                     creator=creator,
                     memory_bytes=memory_bytes,
                 )
@@ -264,7 +264,7 @@ class State:
             job = _get_job(connection, job_id)
             _demand_live(job)
             if job.state is JobState.PAUSED:
-                values = {"queue_time": utc_now(), "crashes": 0}
+                values = {"queue_time": _next_queue_time(connection), "crashes": 0}
                 connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(values))
                 _transition(connection, job, JobState.QUEUED, message="resumed on request")
             if job.pause_requested:
@@ -294,26 +294,26 @@ class State:
 
     # --- jobs, seen from the dispatcher ---------------------------------------------------------------------------
 
-    def claim_job(self, kinds: Sequence[JobKind], memory_bytes: int | None = None) -> Job | None:
-        """Starts the next attempt of the job whose turn it is among those of these kinds.
+    def claim_job(self, limits: Mapping[JobKind, int], memory_bytes: int | None = None) -> Job | None:
+        """Starts the next attempt of the job whose turn it is, of a kind that has fewer under way than its limit.
 
         A job that does not fit beside what is held of `memory_bytes` waits, and those of its kind behind it; beside no
-        other job it starts in any case, for its worker looks again.
+        other job it starts in any case, for its worker looks again at what the engine holds.
         """
-        with self._write() as connection:
-            for kind in kinds:
-                turn = _queue(connection, kind)
-                if turn and _fits(connection, turn[0], memory_bytes):
-                    break
-            else:
+        with self._read() as connection:  # as a rule nothing waits, and then nobody needs the lock
+            if not any(_startable(connection, limits, memory_bytes)):
                 return None
-            job = _get_job(connection, turn[0].id)
+        with self._write() as connection:
+            turn = next(_startable(connection, limits, memory_bytes), None)
+            if turn is None:
+                return None
+            job = _get_job(connection, turn.id)
             connection.execute(
                 JOBS.update()
                 .where(JOBS.c.id == job.id)
                 .values(
                     attempt=job.attempt + 1,
-                    start_time=job.start_time or utc_now(),
+                    start_time=job.start_time or max(utc_now(), job.create_time),
                     worker_pid=None,
                     worker_identity=None,
                     beat=0,
@@ -360,6 +360,17 @@ class State:
                 )
                 _transition(connection, job, JobState.FAILED, message=message, error=error)
             return _shown(connection, job_id)
+
+    def ended_jobs_to_see_off(self) -> list[Job]:
+        """Jobs that have ended after an attempt, and of which something may be left."""
+        query = sa.select(JOBS).where(JOBS.c.is_seen_off.is_(False)).order_by(JOBS.c.id)
+        with self._read() as connection:
+            return [_to_job(row) for row in connection.execute(query)]
+
+    def set_seen_off(self, job_id: str) -> None:
+        """Nothing is left of an ended job that somebody should clear away, and its tracker knows of its end."""
+        with self._write() as connection:
+            connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(is_seen_off=True))
 
     # --- memory held by others than jobs --------------------------------------------------------------------------
 
@@ -598,6 +609,26 @@ def _queue(connection: sa.Connection, kind: JobKind) -> list[sa.Row[Any]]:
     return [waiting[order] for _, order in sorted(places)]
 
 
+def _next_queue_time(connection: sa.Connection) -> datetime:
+    """Now, or just behind the last one who came, should the clock have been set back."""
+    last = connection.scalar(sa.select(sa.func.max(JOBS.c.queue_time)))
+    return utc_now() if last is None else max(utc_now(), last + timedelta(microseconds=1))
+
+
+def _startable(
+    connection: sa.Connection, limits: Mapping[JobKind, int], memory_bytes: int | None
+) -> Iterator[sa.Row[Any]]:
+    """Of each kind with room the job whose turn it is, where it fits."""
+    for kind, limit in limits.items():
+        of_kind = sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.kind == kind.value)
+        under_way = connection.scalar(of_kind.where(JOBS.c.state.in_(_UNDER_WAY))) or 0
+        if under_way >= limit or not connection.scalar(of_kind.where(JOBS.c.state == JobState.QUEUED)):
+            continue
+        turn = _queue(connection, kind)
+        if _fits(connection, turn[0], memory_bytes):
+            yield turn[0]
+
+
 def _places(connection: sa.Connection) -> dict[str, int]:
     """By job, from 1."""
     return {row.id: place for kind in JobKind for place, row in enumerate(_queue(connection, kind), 1)}
@@ -677,6 +708,7 @@ def _transition(
         values |= {
             "end_time": max(utc_now(), job.start_time or job.create_time),
             "error": details and json.dumps(details),
+            "is_seen_off": not job.attempt,
         }
     connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(values))
     _append(connection, job.id, [StateChange(state=target, attempt=job.attempt, message=message, error=details)])

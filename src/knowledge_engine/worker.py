@@ -51,6 +51,9 @@ from knowledge_engine.state import Orders, State
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _STORE_PATIENCE_SECONDS = 2.0
+_SUPERSEDED_SECONDS = 8.0
+_SECOND_SIGNAL_SECONDS = 2.0
+"""Who stops a whole service may signal a worker twice at once; later, a second signal is meant."""
 
 _Answer = TypeVar("_Answer")
 
@@ -69,8 +72,11 @@ class Attempt:
         self._waiting: list[EventPayload] = []
         self._speaking = threading.Lock()
         self._delivering = threading.Lock()
-        self._heard = time.monotonic()
-        """When the store last took a write."""
+        self._deciding = threading.RLock()  # a signal may come while this very thread holds it
+        self._refused_since: float | None = None
+        """Since when the store has taken no write; None while it does."""
+        self._superseded_since: float | None = None
+        self._is_over = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True, name="lease")
 
@@ -84,21 +90,22 @@ class Attempt:
 
     def stop(self, reason: StopReason) -> None:
         """Lets the next `check` raise. An attempt that was to stop and go on later may still be cancelled."""
-        if self._stop_reason in {None, StopReason.PAUSED, StopReason.INTERRUPTED}:
-            self._stop_reason = reason
+        with self._deciding:
+            if self._stop_reason in {None, StopReason.PAUSED, StopReason.INTERRUPTED}:
+                self._stop_reason = reason
 
     def check(self) -> None:
-        if self._stop_reason is not None:
-            raise JobStopped(self._stop_reason)
+        if (reason := self._stop_reason) is not None:
+            raise JobStopped(reason)
 
     def report(self, progress: Progress) -> None:
         self._say(progress)
 
     def log(self, message: str) -> None:
-        self._say(LogLine(message=message))
+        self._say(LogLine(message=_sayable(message)))
 
     def warn(self, reason: str, message: str) -> None:
-        self._say(JobWarning(reason=reason, message=message))
+        self._say(JobWarning(reason=reason, message=_sayable(message)))
 
     def checkpointed(self, step: int, size_bytes: int) -> None:
         self._say(Checkpoint(step=step, size_bytes=size_bytes))
@@ -131,9 +138,14 @@ class Attempt:
                 return write()
             except UpstreamError as error:
                 _LOG.warning("the store is asked again: %s", error.message)
-                if time.monotonic() - self._heard > self._settings.orphan_grace_seconds:
-                    self._give_up("the store took no write")
+                self._be_refused()
                 time.sleep(_POLL_SECONDS)
+
+    def end(self, write: Callable[[], _Answer]) -> _Answer:
+        """As `insist`, for the write after which this attempt has no say any more."""
+        answer = self.insist(write)
+        self._is_over = True
+        return answer
 
     def _say(self, payload: EventPayload) -> None:
         """Adds an event; one that cannot be stored now waits for those before it."""
@@ -158,7 +170,7 @@ class Attempt:
                 payloads = list(self._waiting)
             if payloads:
                 self._state.append_events(self.job.id, self.job.attempt, payloads)
-                self._heard = time.monotonic()
+                self._refused_since = None
             with self._speaking:
                 del self._waiting[: len(payloads)]
 
@@ -168,38 +180,65 @@ class Attempt:
         while not self._done.is_set():
             now = time.monotonic()
             try:
-                self._deliver()
-                if now >= next_beat:
-                    orders = self._beat()
-                    next_beat = now + self._settings.lease_seconds / 3
-                else:
-                    orders = self._state.orders(self.job.id, self.job.attempt)
-                self._obey(orders)
-            except ConflictError:
-                self.stop(StopReason.SUPERSEDED)
-            except KnowledgeEngineError as error:
-                _LOG.warning("no sign of life could be given: %s", error.message)
-                if now - self._heard > self._settings.orphan_grace_seconds:
-                    self._give_up("the store took no write")
-            if server_is_alive(self._settings):
-                served = now
-            elif now - served > self._settings.orphan_grace_seconds:
+                next_beat = self._hear(now, next_beat)
+                if server_is_alive(self._settings):
+                    served = now
+            except Exception:  # a file too many, for one; the next round may do better
+                _LOG.exception("a round of looking around failed")
+            if now - served > self._settings.orphan_grace_seconds:
+                self.stop(StopReason.INTERRUPTED)  # to keep what there is
+            if now - served > 2 * self._settings.orphan_grace_seconds:
                 self._give_up("no server is alive")
+            if self._superseded_since is not None and now - self._superseded_since > _SUPERSEDED_SECONDS:
+                self._give_up("another attempt has the job")
             self._done.wait(_POLL_SECONDS)
+
+    def _hear(self, now: float, next_beat: float) -> float:
+        """Says what there is to say, hears what to do, and answers when the next beat is due."""
+        if self._is_over:
+            return next_beat
+        try:
+            self._deliver()
+            if now >= next_beat:
+                next_beat = now + self._settings.lease_seconds / 3
+                self._obey(self._beat())
+            else:
+                self._obey(self._state.orders(self.job.id, self.job.attempt))
+        except ConflictError:
+            if not self._is_over:
+                self.stop(StopReason.SUPERSEDED)
+                self._superseded_since = self._superseded_since or now
+        except KnowledgeEngineError as error:
+            _LOG.warning("no sign of life could be given: %s", error.message)
+            self._be_refused()
+            return 0.0
+        return next_beat
 
     def _beat(self) -> Orders:
         pid = os.getpid()
         orders = self._state.beat(self.job.id, self.job.attempt, pid, process_identity(pid) or "")
-        self._heard = time.monotonic()
+        self._refused_since = None
         return orders
+
+    def _be_refused(self) -> None:
+        now = time.monotonic()
+        self._refused_since = self._refused_since or now
+        if now - self._refused_since > self._settings.orphan_grace_seconds:
+            self._give_up("the store took no write")
 
     def _obey(self, orders: Orders) -> None:
         if orders.state is JobState.CANCELLING:
             self.stop(StopReason.CANCELLED)
         elif orders.pause_requested and self._stop_reason is None:
             self.stop(StopReason.PAUSED)
-        elif not orders.pause_requested and self._stop_reason is StopReason.PAUSED:
-            self._stop_reason = None  # somebody thought better of it before the work noticed
+        elif not orders.pause_requested:
+            self._take_back(StopReason.PAUSED)
+
+    def _take_back(self, reason: StopReason) -> None:
+        """Somebody thought better of it before the work noticed."""
+        with self._deciding:
+            if self._stop_reason is reason:
+                self._stop_reason = None
 
     def _give_up(self, why: str) -> None:
         """Ends the process at once: nobody would hear of its work, and a later attempt will redo it."""
@@ -207,11 +246,17 @@ class Attempt:
         os._exit(3)
 
 
+def _sayable(text: str) -> str:
+    """Half a character, as some services and file names have it, can be stored nowhere."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
     """The one place that knows which code does which kind of job; heavy imports wait until they are needed."""
     datasets = Datasets(settings.data_dir / "datasets", state)
     match attempt.job.kind:
         case JobKind.TRAINING:
+            failpoint("training.begin")
             from knowledge_engine.training.job import run_training
 
             return run_training(attempt, settings, datasets, Registry.open(settings))
@@ -225,8 +270,12 @@ def run_attempt(settings: Settings, state: State, job: Job) -> None:
     """Runs the attempt and ends it; raises nothing that belongs to the job."""
     attempt = Attempt(settings, state, job)
 
+    first: list[float] = []
+
     def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+        first.append(time.monotonic())
+        if first[-1] - first[0] > _SECOND_SIGNAL_SECONDS:
+            os._exit(128 + signal.SIGTERM)
         attempt.stop(StopReason.INTERRUPTED)
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -238,6 +287,8 @@ def run_attempt(settings: Settings, state: State, job: Job) -> None:
         # Last of all: it may take a while, which no watcher of the job needs to wait for, and a server that stops may
         # kill us in it without harm to the job.
         attempt.tell_end(left_as)
+    if left_as is not None and left_as.is_terminal:
+        state.set_seen_off(job.id)
 
 
 def _work(attempt: Attempt, settings: Settings, state: State) -> JobResult | KnowledgeEngineError | JobStopped:
@@ -273,7 +324,7 @@ def end_attempt(
         ConflictError: ATTEMPT_SUPERSEDED.
     """
     failpoint("finish.before")
-    left_as = attempt.insist(lambda: _decide(attempt.job, outcome, state))
+    left_as = attempt.end(lambda: _decide(attempt.job, outcome, state))
     failpoint("finish.done")
     if left_as is not None:
         clean_up(settings, state, attempt.job.model_copy(update={"state": left_as}))
@@ -291,7 +342,7 @@ def _decide(job: Job, outcome: JobResult | KnowledgeEngineError | JobStopped, st
         case StopReason.INTERRUPTED:
             message = "interrupted: its worker was asked to end"
         case StopReason.PAUSED:
-            message = "paused on request"
+            message = "put aside on request"
         case StopReason.RETRY:
             message = outcome.message
     return state.abandon_attempt(job.id, job.attempt, message).state
@@ -321,6 +372,7 @@ def main() -> None:
         return
     if job.attempt != attempt_number or job.state not in {JobState.RUNNING, JobState.CANCELLING}:
         raise SystemExit(f"attempt {attempt_number} of job {job_id} is over")
+    _LOG.info("attempt %d of job %s begins", attempt_number, job_id)
     try:
         run_attempt(settings, state, job)
     except ConflictError:

@@ -19,13 +19,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from knowledge_engine import failpoints
 from knowledge_engine.bases import check_bases
 from knowledge_engine.core import Service
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.client import EngineClient, socket_path
-from knowledge_engine.jobs import Jobs
-from knowledge_engine.leftovers import clean_up
+from knowledge_engine.jobs import Jobs, take_server_lock
+from knowledge_engine.leftovers import clean_up, sweep_checkpoints
 from knowledge_engine.registry import Registry
 from knowledge_engine.server.health import Health, Watchman
 from knowledge_engine.server.services import (
@@ -142,13 +143,19 @@ async def start_server(settings: Settings) -> RunningServer:
     check_bases(settings)
     # The store's calls block. A locked one must not keep others from reading, so there are threads to spare.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_STORE_THREADS, "store"))
-    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state = await asyncio.to_thread(State.open, settings.state_url, busy_timeout_seconds=_STORE_PATIENCE_SECONDS)
-    await asyncio.to_thread(sweep_kept, settings)
+    # First of all: the store is another server's until it is ours.
+    lock_file = await asyncio.to_thread(take_server_lock, settings)
+    try:
+        state = await asyncio.to_thread(State.open, settings.state_url, busy_timeout_seconds=_STORE_PATIENCE_SECONDS)
+        await asyncio.to_thread(sweep_kept, settings)
+        await asyncio.to_thread(sweep_checkpoints, settings, state)
+    except BaseException:
+        os.close(lock_file)
+        raise
     registry = Registry.open(settings)
     datasets = Datasets(settings.data_dir / "datasets", state)
     engine = EngineClient(socket_path(settings))
-    jobs = Jobs(settings, state, functools.partial(clean_up, settings, state))
+    jobs = Jobs(settings, state, functools.partial(clean_up, settings, state), lock_file)
     texts = Texts(settings)
     server = grpc.aio.server(interceptors=[Guard(settings.keys)], options=_OPTIONS)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(settings, jobs, state, datasets, texts), server)
@@ -223,6 +230,8 @@ async def serve(settings: Settings) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every look at a service
+    if failpoints.is_active():
+        _LOG.warning("%s is set: parts of this service will fail on purpose", failpoints.VARIABLE)
     os.umask(0o077)
     try:
         asyncio.run(serve(load_settings()))

@@ -15,7 +15,15 @@ from typing import IO, Any, NamedTuple, TypeVar
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
 from knowledge_engine.datasets import Datasets, split_conversations
-from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, StateError, UpstreamError, Violation
+from knowledge_engine.errors import (
+    IntegrityError,
+    InvalidSpecError,
+    KnowledgeEngineError,
+    Reason,
+    StateError,
+    UpstreamError,
+    Violation,
+)
 from knowledge_engine.generation.chat_client import require_provider
 from knowledge_engine.generation.planner import Planner
 from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
@@ -113,7 +121,13 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         caller, request = CALLER.get(), convert.request(request_id, asked)
         if request is not None and (known := await asyncio.to_thread(self._state.find_request, caller, request)):
             return known
-        accepted = await asyncio.to_thread(check, asked)
+        try:
+            accepted = await asyncio.to_thread(check, asked)
+        except KnowledgeEngineError:
+            # The same request may have made its job, and the job its dataset, just now.
+            if request is not None and (known := await asyncio.to_thread(self._state.find_request, caller, request)):
+                return known
+            raise
         return await self._jobs.submit(accepted.spec, caller, request, accepted.memory_bytes)
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Any) -> jobs_pb2.GetJobResponse:  # noqa: N802

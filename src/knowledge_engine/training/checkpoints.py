@@ -26,10 +26,10 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from knowledge_engine.core import JobContext, JobStopped, StopReason
+from knowledge_engine.core import JobContext, JobStopped, StopReason, TrainingSpec
 from knowledge_engine.errors import IntegrityError, KnowledgeEngineError, Reason, from_dict
 from knowledge_engine.failpoints import failpoint
-from knowledge_engine.files import sync
+from knowledge_engine.files import read_json, sync
 from knowledge_engine.settings import Settings
 from knowledge_engine.training.lora import Masks
 from knowledge_engine.training.publishing import LIBRARIES
@@ -336,7 +336,7 @@ class Checkpoints:
             files = {file: load(contents[file]) for file in (_ADAPTER, *_MOMENTS.values())}
             randomness = Randomness(tuple(progress["masks"]), load(contents[_RANDOM]))
             position = _POSITION.validate_python(progress["position"])
-            facts, environment = progress["facts"], progress["environment"]
+            facts, environment = _completed(progress["facts"]), progress["environment"]
         except (ValueError, KeyError, TypeError, ValidationError, SafetensorError) as error:
             raise _DamagedError(f"its content cannot be read ({type(error).__name__})") from error
         if facts != self._facts:
@@ -359,6 +359,8 @@ class Checkpoints:
     def _take_over(self) -> None:
         """From now on no earlier attempt writes here; what those left half done is gone."""
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if read_json(self._root / _OWNER).get("attempt", 0) > self._context.job.attempt:
+            raise JobStopped(StopReason.SUPERSEDED)
         path = self._root / f"{_OWNER}.{self._context.job.attempt}"
         _write_durably(path, json.dumps({"attempt": self._context.job.attempt}).encode())
         path.replace(self._root / _OWNER)
@@ -426,6 +428,11 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _completed(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts as an older release wrote them, with the defaults of what it did not know."""
+    return facts | {"spec": TrainingSpec.model_validate(facts["spec"]).model_dump(mode="json")}
 
 
 def _environment() -> dict[str, Any]:

@@ -130,8 +130,9 @@ def _obtain(
     if kept := find_kept(settings, mark, context.job.id):
         context.log(f"nothing to train: job {kept.trained.job_id} trained exactly this and could not publish it")
         return kept
-    demand_room(settings, spec, base, material.train, material.held_out, shortages.micro_batch)
-    folder = registry.stage(context.job.id)
+    if context.job.checkpoint_step is None:  # a run that is under way is never refused, it is tried
+        demand_room(settings, spec, base, material.train, material.held_out, shortages.micro_batch)
+    folder = registry.stage(context.job.id, context.job.attempt)
     checkpoints = Checkpoints(context, settings, training_facts(*facts), spec.save_steps)
     summary = _train(context, spec, base, material, folder, tracker, device, checkpoints, shortages)
     comparison = _compare(context, base, material, folder, summary.num_steps, device)
@@ -271,7 +272,7 @@ def _publish(
 
     def publish() -> ModelVersion:
         failpoint("publish.begin")
-        folder = registry.stage(context.job.id)
+        folder = registry.stage(context.job.id, context.job.attempt)
         # Links, not copies: publishing moves its folder away, and what is kept must outlive a kill in the middle.
         shutil.copytree(kept.folder, folder, copy_function=os.link, dirs_exist_ok=True)
         return registry.publish(

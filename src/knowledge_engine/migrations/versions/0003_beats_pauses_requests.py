@@ -15,6 +15,7 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("memory_bytes", sa.BigInteger))
     op.add_column("jobs", sa.Column("beat", sa.BigInteger, nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("worker_identity", sa.String(80)))
+    op.add_column("jobs", sa.Column("is_seen_off", sa.Boolean, nullable=False, server_default=sa.true()))
     op.drop_column("jobs", "worker_started")
     op.drop_column("jobs", "lease_expires")
     op.create_table(

@@ -14,11 +14,22 @@ import grpc
 import psutil
 import pytest
 
-from knowledge_engine.core import JobState, StateChange
-from knowledge_engine.jobs import process_identity
+from knowledge_engine.core import (
+    Dataset,
+    DatasetKind,
+    GenerationSpec,
+    Job,
+    JobKind,
+    JobState,
+    StateChange,
+    TrainingSpec,
+    utc_now,
+)
+from knowledge_engine.errors import Reason, StateError
+from knowledge_engine.jobs import _Adopted, process_identity, take_server_lock
 from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
-from knowledge_engine.state import State
+from knowledge_engine.state import RunningAttempt, State
 from knowledge_engine.v1 import generation_pb2, jobs_pb2, jobs_pb2_grpc
 
 PATIENCE = 90
@@ -423,3 +434,98 @@ def test_a_process_is_known_by_more_than_its_pid() -> None:
     assert process_identity(os.getpid()) not in {identity, None}
     child.communicate(b"\n")
     assert process_identity(child.pid) is None
+
+
+async def test_the_next_server_sees_off_what_the_last_one_could_not(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = make_settings()
+    state = State.open(settings.state_url)
+    job = state.create_job(TrainingSpec(dataset="d", model="m"))
+    state.claim_job({JobKind.TRAINING: 1})
+    state.abandon_attempt(job.id, 1, "interrupted")
+    kept = tmp_path / "data" / "jobs" / job.id / "checkpoints"
+    kept.mkdir(parents=True)
+    state.request_cancel(job.id)  # and the server died before it could clear up
+    async with await start_server(settings):
+        deadline = time.monotonic() + PATIENCE
+        while kept.exists() or state.ended_jobs_to_see_off():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+    state.close()
+
+
+async def test_a_job_of_a_worker_that_an_older_release_started_goes_on(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = make_settings(lease_seconds=1)
+    state = State.open(settings.state_url)
+    state.add_dataset(
+        Dataset(
+            name="shop",
+            kind=DatasetKind.CATALOGUE,
+            digest="sha256:0",
+            num_rows=1,
+            size_bytes=1,
+            create_time=utc_now(),
+        )
+    )
+    job = state.create_job(GenerationSpec(num_conversations=10, catalogue="shop", dataset="chats"))
+    state.claim_job({JobKind.GENERATION: 1})
+    with sqlite3.connect(tmp_path / "data" / "state.db") as connection:
+        connection.execute("UPDATE jobs SET worker_pid = 4194000, worker_identity = NULL, beat = 0")
+    connection.close()
+    async with await start_server(settings):
+        deadline = time.monotonic() + PATIENCE
+        while state.get_job(job.id).attempt < 2:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        state.request_cancel(job.id)
+    assert any("ended" in message for message in messages(state, job.id))
+    state.close()
+
+
+def messages(state: State, job_id: str) -> list[str]:
+    payloads = [event.payload for event in state.events(job_id, 0, 1000)]
+    return [payload.message for payload in payloads if isinstance(payload, StateChange)]
+
+
+def test_who_has_no_lock_touches_nothing(make_settings: Callable[..., Settings], tmp_path: Path) -> None:
+    settings = make_settings()
+    first = take_server_lock(settings)
+    with pytest.raises(StateError) as caught:
+        asyncio.run(start_server(settings))
+    assert caught.value.reason is Reason.SERVER_RUNNING
+    assert not (tmp_path / "data" / "state.db").exists()
+    os.close(first)
+
+
+def test_attempts_that_nobody_has_heard_of_count_too(tmp_path: Path) -> None:
+    state = State.open(f"sqlite:///{tmp_path / 'state.db'}")
+    for _ in range(2):
+        state.create_job(TrainingSpec(dataset="d", model="m"))
+    assert state.claim_job({JobKind.TRAINING: 1})
+    assert state.claim_job({JobKind.TRAINING: 1}) is None
+    assert state.claim_job({JobKind.TRAINING: 2})
+    state.close()
+
+
+def test_the_group_of_a_stranger_is_never_killed(make_settings: Callable[..., Settings]) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    job = Job(
+        id="job-1",
+        kind=JobKind.GENERATION,
+        state=JobState.RUNNING,
+        spec=GenerationSpec(num_conversations=10),
+        create_time=utc_now(),
+    )
+    own = process_identity(os.getpid())
+    for identity in (None, "", own, f"another-boot {(process_identity(stranger.pid) or '').split()[1]}"):
+        adopted = _Adopted(RunningAttempt(job, 3, stranger.pid, identity))
+        adopted.kill_group()
+        asyncio.run(asyncio.wait_for(adopted.wait(), 10))  # it is gone, as far as we are concerned
+    assert stranger.poll() is None
+    _Adopted(RunningAttempt(job, 3, stranger.pid, process_identity(stranger.pid))).kill_group()
+    assert stranger.wait(10) == -signal.SIGKILL
+    assert stranger.stdin is not None
+    stranger.stdin.close()

@@ -396,16 +396,14 @@ def test_every_write_of_a_stale_attempt_is_refused(settings: Settings, state: St
     result = GenerationResult(
         dataset="d", digest="x", num_conversations=10, num_rejected=0, rejections={}, provider="offline"
     )
-    datasets = Datasets(settings.data_dir / "datasets", state)
+    datasets = Datasets(settings.data_dir / "datasets", state, attempt=1)
     row = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     writes: dict[str, Callable[[], object]] = {
         "beat": lambda: state.beat(job.id, 1, 1, "x"),
         "progress": lambda: state.append_events(job.id, 1, [Progress(phase="generating", step=1)]),
         "checkpoint": lambda: state.append_events(job.id, 1, [Checkpoint(step=9, size_bytes=1)]),
         "tracker": lambda: state.set_tracker_run(job.id, 1, TrackerRun(id="x")),
-        "artifact": lambda: datasets.store(
-            "d", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [row], job_id=job.id, attempt=1
-        ),
+        "artifact": lambda: datasets.store("d", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [row], job_id=job.id),
         "success": lambda: state.finish_attempt(job.id, 1, result),
         "failure": lambda: state.finish_attempt(job.id, 1, KnowledgeEngineError("x")),
         "requeue": lambda: state.abandon_attempt(job.id, 1, "x"),

@@ -36,6 +36,7 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.errors import (
     AlreadyExistsError,
+    ConflictError,
     IntegrityError,
     InvalidSpecError,
     KnowledgeEngineError,
@@ -102,7 +103,11 @@ _Products: TypeAlias = list[Product]
 class Datasets:
     """The datasets below one folder. Methods block; safe to use from many threads and processes at once."""
 
-    def __init__(self, root: Path, state: State, *, max_bytes: int = MAX_UPLOAD_BYTES) -> None:
+    def __init__(
+        self, root: Path, state: State, *, max_bytes: int = MAX_UPLOAD_BYTES, attempt: int | None = None
+    ) -> None:
+        """`attempt` is that of the job which stores what is stored here, None where it is no worker's."""
+        self._attempt = attempt
         self._root = root
         self._state = state
         self._max_bytes = max_bytes
@@ -123,6 +128,7 @@ class Datasets:
         `chunks` are the bytes in order, cut anywhere, or an open binary file.
 
         Raises:
+            ConflictError: ATTEMPT_SUPERSEDED, the job's attempt is over; nothing is stored.
             InvalidSpecError: NAME_INVALID, DATASET_TOO_LARGE; DATASET_FORMAT_INVALID with the first broken lines.
             AlreadyExistsError: DATASET_EXISTS, when the name holds other content.
         """
@@ -275,7 +281,12 @@ class Datasets:
             if known is None or (known.digest, known.kind) == (dataset.digest, dataset.kind):
                 incoming.rename(self._path(dataset.name))
                 sync(self._root)
-            return self._state.add_dataset(dataset)
+            try:
+                return self._state.add_dataset(dataset, self._attempt if dataset.job_id else None)
+            except ConflictError:
+                if known is None:
+                    self._path(dataset.name).unlink(missing_ok=True)
+                raise
 
     def _find(self, name: str) -> Dataset | None:
         try:

@@ -253,7 +253,7 @@ def _sayable(text: str) -> str:
 
 def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
     """The one place that knows which code does which kind of job; heavy imports wait until they are needed."""
-    datasets = Datasets(settings.data_dir / "datasets", state)
+    datasets = Datasets(settings.data_dir / "datasets", state, attempt=attempt.job.attempt)
     match attempt.job.kind:
         case JobKind.TRAINING:
             failpoint("training.begin")

@@ -270,7 +270,7 @@ class Jobs:
 
     def _see_off(self, job: Job) -> None:
         """Does for a job that has ended what its worker could not do any more; nobody waits for it."""
-        if job.id not in self._chores:
+        if job.id not in self._chores and not self._stopping:  # else the next server does it
             chore = self._chores[job.id] = asyncio.create_task(self._clear_away(job))
             chore.add_done_callback(lambda _: self._chores.pop(job.id))
 
@@ -283,6 +283,7 @@ class Jobs:
                     await asyncio.wait_for(last.wait(), _LINGERING_SECONDS)
                 finally:
                     last.kill_group()
+                    await last.wait()
             await asyncio.to_thread(self._state.set_seen_off, job.id)
         except Exception:  # the next server tries again
             _LOG.exception("something of job %s may be left", job.id)

@@ -526,7 +526,7 @@ class _Storm:
                 await asyncio.sleep(random_.expovariate(4))
 
     async def _act(self, client: Client, random_: random.Random, number: int) -> None:
-        verb = random_.choices(["create", "get", "list", "cancel", "pause", "resume"], [3, 3, 1, 1, 2, 3])[0]
+        verb = random_.choices(["create", "get", "list", "cancel", "pause", "resume"], [30, 30, 10, 3, 15, 30])[0]
         if verb == "create":
             await self._create(client, random_, number)
         elif verb == "list":

@@ -315,8 +315,9 @@ class Jobs:
         await self._drop_dead_leases()
 
     def _adopted(self, attempt: RunningAttempt) -> _Worker | None:
-        """The worker that a former server started; None where it has not said who it is and still may."""
-        if attempt.worker_pid is None and not self._pulse.is_silent(_key(attempt.job)):
+        """The worker that a former server started; None where it has not said who it is and still may. Should it come
+        too late, it finds itself superseded, and nothing is lost."""
+        if attempt.worker_pid is None and not self._pulse.is_silent(_key(attempt.job), starting_seconds=0):
             return None
         worker = _Adopted(attempt)
         self._take_charge(worker)
@@ -383,10 +384,10 @@ class _Pulse:
             for key, beat in beats.items()
         }
 
-    def is_silent(self, key: object) -> bool:
+    def is_silent(self, key: object, starting_seconds: float = _STARTING_SECONDS) -> bool:
         """Whether it should have been heard of; before the first beat it has time to start."""
         beat, silence = self._beats.get(key, (0, 0.0))
-        return silence > self._patience + (_STARTING_SECONDS if beat == 0 else 0)
+        return silence > self._patience + (starting_seconds if beat == 0 else 0)
 
     def is_lost(self, key: object) -> bool:
         """Whether it stayed silent for another third of the patience: a store that could not be written to may have

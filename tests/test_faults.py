@@ -43,7 +43,7 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import ConflictError, KnowledgeEngineError, NotFoundError, Reason, UpstreamError
-from knowledge_engine.jobs import process_identity, server_lock_path
+from knowledge_engine.processes import process_identity, server_lock_path
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.v1 import generation_pb2

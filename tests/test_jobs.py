@@ -26,7 +26,7 @@ from knowledge_engine.core import (
     utc_now,
 )
 from knowledge_engine.errors import Reason, StateError
-from knowledge_engine.jobs import _Adopted, process_identity, take_server_lock
+from knowledge_engine.processes import Adopted, process_identity, take_server_lock
 from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import RunningAttempt, State
@@ -521,11 +521,11 @@ def test_the_group_of_a_stranger_is_never_killed(make_settings: Callable[..., Se
     )
     own = process_identity(os.getpid())
     for identity in (None, "", own, f"another-boot {(process_identity(stranger.pid) or '').split()[1]}"):
-        adopted = _Adopted(RunningAttempt(job, 3, stranger.pid, identity))
+        adopted = Adopted(RunningAttempt(job, 3, stranger.pid, identity))
         adopted.kill_group()
         asyncio.run(asyncio.wait_for(adopted.wait(), 10))  # it is gone, as far as we are concerned
     assert stranger.poll() is None
-    _Adopted(RunningAttempt(job, 3, stranger.pid, process_identity(stranger.pid))).kill_group()
+    Adopted(RunningAttempt(job, 3, stranger.pid, process_identity(stranger.pid))).kill_group()
     assert stranger.wait(10) == -signal.SIGKILL
     assert stranger.stdin is not None
     stranger.stdin.close()

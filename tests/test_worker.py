@@ -15,8 +15,8 @@ import pytest
 
 from knowledge_engine.core import GenerationSpec, Job, JobKind, JobState, JobStopped, LogLine, StopReason, TrainingSpec
 from knowledge_engine.errors import KnowledgeEngineError, Reason
-from knowledge_engine.jobs import take_server_lock
 from knowledge_engine.leftovers import CHECKPOINTS, clean_up, sweep_checkpoints
+from knowledge_engine.processes import take_server_lock
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.worker import Attempt

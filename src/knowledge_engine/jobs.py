@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import importlib.util
 import logging
 import os
 import signal
-import sys
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 from knowledge_engine import devices
 from knowledge_engine.core import Job, JobEvent, JobKind, JobSpec, JobState
-from knowledge_engine.errors import ConflictError, KnowledgeEngineError, Reason, StateError, UpstreamError
+from knowledge_engine.errors import ConflictError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.failpoints import failpoint
+from knowledge_engine.processes import LINGERING_SECONDS, Adopted, Child, Worker, describe_exit, last_words
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import Request, RunningAttempt, State
 
@@ -40,15 +35,10 @@ MAX_CONCURRENT_GENERATIONS = 2
 _SWEEP_SECONDS = 0.5
 _STARTING_SECONDS = 30.0
 """A worker may take so long to its first beat."""
-_LINGERING_SECONDS = 60.0
-"""A worker may take so long to clear up and to tell its tracker, once its job's end is written down."""
 _MAX_START_DELAY_SECONDS = 30.0
-_LAST_WORDS_BYTES = 16_384
-_MAX_LINE_LENGTH = 300
 _TAIL_SECONDS = 0.1
 _TAIL_EVENTS = 4096
 _REPLAY_EVENTS = 500
-_LOG_TAIL_LINES = 20
 
 
 class Jobs:
@@ -62,7 +52,7 @@ class Jobs:
         self._settings = settings
         self._state = state
         self._clean_up = clean_up
-        self._workers: dict[_Key, _Worker] = {}
+        self._workers: dict[_Key, Worker] = {}
         self._memory_bytes = devices.total_memory(settings)
         self._pulse = _Pulse(settings.lease_seconds)
         self._lease_pulse = _Pulse(settings.lease_seconds)
@@ -201,7 +191,7 @@ class Jobs:
     async def _start(self, job: Job) -> None:
         """Raises what kept the worker from starting; the job waits again then, and so does every other for a while."""
         try:
-            worker = await _Child.start(self._settings, job)
+            worker = await Child.start(self._settings, job)
         except Exception as error:
             self._num_failed_starts += 1
             self._start_again_time = time.monotonic() + min(2.0**self._num_failed_starts, _MAX_START_DELAY_SECONDS)
@@ -211,13 +201,13 @@ class Jobs:
         self._num_failed_starts = 0
         self._take_charge(worker)
 
-    def _take_charge(self, worker: _Worker) -> None:
+    def _take_charge(self, worker: Worker) -> None:
         key = _key(worker.job)
         self._workers[key] = worker
         self._under_way.add(key)
         worker.settled = asyncio.create_task(self._settle(worker))
 
-    async def _settle(self, worker: _Worker) -> None:
+    async def _settle(self, worker: Worker) -> None:
         """Waits for a worker's end and writes down what it could not write itself."""
         code = await worker.wait()
         worker.kill_group()  # whatever it started ends with it
@@ -232,7 +222,7 @@ class Jobs:
             self._pulse.forget(key)
             self._wake.set()
 
-    async def _is_buried(self, worker: _Worker, code: int | None) -> bool:
+    async def _is_buried(self, worker: Worker, code: int | None) -> bool:
         """False while the store cannot be told."""
         try:
             try:
@@ -247,9 +237,9 @@ class Jobs:
             _LOG.warning("the end of job %s could not be written down: %s", worker.job.id, error.message)
         return True
 
-    async def _bury(self, worker: _Worker, code: int | None) -> None:
+    async def _bury(self, worker: Worker, code: int | None) -> None:
         """Ends an attempt whose process is gone without a word."""
-        job, how = worker.job, worker.verdict or _describe_exit(code)
+        job, how = worker.job, worker.verdict or describe_exit(code)
         if worker.interrupted or code in {-signal.SIGTERM, 128 + signal.SIGTERM}:
             message = "interrupted before it could make a checkpoint"
             job = await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
@@ -260,7 +250,7 @@ class Jobs:
             reason = Reason.OUT_OF_MEMORY if worker.was_out_of_memory(code) else Reason.WORKER_CRASHED
             if reason is Reason.OUT_OF_MEMORY:
                 how += ", by the kernel, which had run out of memory"
-            how += await asyncio.to_thread(_last_words, self._settings, job)
+            how += await asyncio.to_thread(last_words, self._settings, job)
             job = await asyncio.to_thread(self._state.bury_attempt, job.id, job.attempt, how, MAX_CRASHES, reason)
         _LOG.warning("job %s, attempt %d: %s", job.id, job.attempt, how)
         if job.state.is_terminal:
@@ -278,9 +268,9 @@ class Jobs:
         try:
             await asyncio.to_thread(self._clean_up, job)
             if job.tracker_run is not None and can_train():
-                last = await _Child.start(self._settings, job)
+                last = await Child.start(self._settings, job)
                 try:
-                    await asyncio.wait_for(last.wait(), _LINGERING_SECONDS)
+                    await asyncio.wait_for(last.wait(), LINGERING_SECONDS)
                 finally:
                     last.kill_group()
                     await last.wait()
@@ -296,7 +286,7 @@ class Jobs:
         self._pulse.feel({_key(attempt.job): attempt.beat for attempt in attempts})
         cancelling = {attempt.job.id for attempt in attempts if attempt.job.state is JobState.CANCELLING}
         self._cancelled_at = {job_id: self._cancelled_at.get(job_id, time.monotonic()) for job_id in cancelling}
-        silent: list[_Worker] = []
+        silent: list[Worker] = []
         for attempt in attempts:
             key = _key(attempt.job)
             worker = self._workers.get(key)
@@ -314,16 +304,16 @@ class Jobs:
             await self._end_silent(worker)
         await self._drop_dead_leases()
 
-    def _adopted(self, attempt: RunningAttempt) -> _Worker | None:
+    def _adopted(self, attempt: RunningAttempt) -> Worker | None:
         """The worker that a former server started; None where it has not said who it is and still may. Should it come
         too late, it finds itself superseded, and nothing is lost."""
         if attempt.worker_pid is None and not self._pulse.is_silent(_key(attempt.job), starting_seconds=0):
             return None
-        worker = _Adopted(attempt)
+        worker = Adopted(attempt)
         self._take_charge(worker)
         return worker
 
-    async def _end_silent(self, worker: _Worker) -> None:
+    async def _end_silent(self, worker: Worker) -> None:
         """Kills a worker without a sign of life, once it is sure that it could have given one."""
         await asyncio.to_thread(self._state.demand_writable)
         if self._pulse.is_lost(_key(worker.job)):
@@ -350,16 +340,6 @@ _Key = tuple[str, int]
 def _key(job: Job) -> _Key:
     """An attempt: one job may have a worker that is ending and another that is beginning."""
     return job.id, job.attempt
-
-
-def server_lock_path(settings: Settings) -> Path:
-    """The file whose lock says that a server is alive on this data directory."""
-    return settings.data_dir / "server.lock"
-
-
-def work_dir(settings: Settings, job_id: str) -> Path:
-    """A job's private folder: worker logs and whatever its attempts keep."""
-    return settings.data_dir / "jobs" / job_id
 
 
 class _Pulse:
@@ -397,119 +377,6 @@ class _Pulse:
 
     def forget(self, key: object) -> None:
         self._beats.pop(key, None)
-
-
-class _Worker(ABC):
-    """The process of one attempt."""
-
-    def __init__(self, job: Job, pid: int | None, identity: str | None) -> None:
-        self.job = job
-        self.pid = pid
-        self.identity = identity
-        self.interrupted = False
-        self.verdict = ""
-        """Why it was killed; empty unless it was."""
-        self.settled: asyncio.Task[None] | None = None
-        self._oom_kills = _count_oom_kills()
-        self._over_since: float | None = None
-
-    @abstractmethod
-    async def wait(self) -> int | None:
-        """Until the process is gone; its exit code, negative for a signal, or None where that cannot be known."""
-
-    @property
-    def fell_with_its_machine(self) -> bool:
-        """Whether its end was no crash of its own: the machine started anew since, or its server was killed before it
-        gave a sign of life."""
-        return False
-
-    def was_out_of_memory(self, code: int | None) -> bool:
-        """Whether the kernel has killed processes for want of memory meanwhile, likely this one."""
-        return code in {-signal.SIGKILL, None} and not self.verdict and _count_oom_kills() > self._oom_kills
-
-    async def interrupt(self, grace_seconds: float) -> None:
-        """Asks it to keep what it has and end; after the grace it is killed."""
-        self.interrupted = True
-        if self.pid is not None and process_identity(self.pid) == self.identity is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)
-        if self.settled is not None:
-            done, _ = await asyncio.wait([self.settled], timeout=grace_seconds)
-            if not done:
-                self.kill_group()
-                await self.settled
-
-    def end_lingering(self) -> None:
-        """Kills it when its attempt is over and it still lives long after."""
-        now = time.monotonic()
-        self._over_since = self._over_since or now
-        if now - self._over_since > _LINGERING_SECONDS:
-            _LOG.warning("the worker of job %s did not end by itself and is killed", self.job.id)
-            self.kill_group()
-
-    def kill_group(self) -> None:
-        """A worker leads its session, so this reaches whatever it has started, also after its own end: a pid is not
-        given anew while a group bears it. A stranger that has the pid is left alone."""
-        if self.pid is not None and process_identity(self.pid) in {self.identity, None}:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-
-
-class _Child(_Worker):
-    """A worker that this process has started."""
-
-    def __init__(self, job: Job, process: asyncio.subprocess.Process) -> None:
-        super().__init__(job, process.pid, process_identity(process.pid))
-        self._process = process
-
-    @classmethod
-    async def start(cls, settings: Settings, job: Job) -> _Child:
-        """A fresh interpreter in its own session; settings travel in the environment, secrets never in argv."""
-        path = _log_path(settings, job)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "knowledge_engine.worker",
-                job.id,
-                str(job.attempt),
-                env=settings.child_environment(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=descriptor,
-                stderr=descriptor,
-                start_new_session=True,
-            )
-        finally:
-            os.close(descriptor)
-        return cls(job, process)
-
-    async def wait(self) -> int | None:
-        return await self._process.wait()
-
-
-class _Adopted(_Worker):
-    """A worker that a former server has started."""
-
-    def __init__(self, attempt: RunningAttempt) -> None:
-        super().__init__(attempt.job, attempt.worker_pid, attempt.worker_identity)
-
-    async def wait(self) -> int | None:
-        while self._lives():  # noqa: ASYNC110 (nobody tells of the end of a stranger's child)
-            await asyncio.sleep(_SWEEP_SECONDS / 2)
-        return None
-
-    @property
-    def fell_with_its_machine(self) -> bool:
-        return self.identity is None or not self.identity.startswith(_boot())
-
-    def _lives(self) -> bool:
-        return self.pid is not None and process_identity(self.pid) == self.identity is not None
-
-    def kill_group(self) -> None:
-        if self.identity is not None and not self.fell_with_its_machine:
-            super().kill_group()
 
 
 class _Tail:
@@ -572,111 +439,3 @@ class _Tail:
     def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def take_server_lock(settings: Settings) -> int:
-    """An open file whose lock keeps every other server from this data directory. Blocks.
-
-    Raises:
-        StateError: SERVER_RUNNING.
-    """
-    path = server_lock_path(settings)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    # A worker may be looking at the lock this very moment; a server keeps it.
-    if _retried(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB), seconds=2):
-        return descriptor
-    os.close(descriptor)
-    raise StateError(f"another server is running on {path.parent}", reason=Reason.SERVER_RUNNING)
-
-
-def _retried(attempt: Callable[[], object], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            attempt()
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
-
-
-def server_is_alive(settings: Settings) -> bool:
-    """Whether a server holds the data directory's lock."""
-    try:
-        descriptor = os.open(server_lock_path(settings), os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def process_identity(pid: int) -> str | None:
-    """What tells this process from every other that had or will have its pid: the boot and the tick of its start. None
-    when there is no such process, or only its remains."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None if Path("/proc/self/stat").exists() else _portable_identity(pid)
-    return None if fields[0] in {"Z", "X"} else f"{_boot()} {fields[19]}"
-
-
-def _boot() -> str:
-    """What tells this start of the machine from every other; empty where there is no such thing."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return ""
-
-
-def _portable_identity(pid: int) -> str | None:
-    """Where there is no /proc."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
-    except psutil.Error:
-        return None
-
-
-def _count_oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it started; 0 where it does not tell."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
-    return 0
-
-
-def _describe_exit(code: int | None) -> str:
-    if code is None:
-        return "its process ended while no server was its parent"
-    if code >= 0:
-        return f"exit code {code}"
-    with contextlib.suppress(ValueError):
-        return f"signal {signal.Signals(-code).name}"
-    return f"signal {-code}"
-
-
-def _last_words(settings: Settings, job: Job) -> str:
-    """The end of the worker's log, without secrets."""
-    try:
-        with _log_path(settings, job).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    for secret in settings.secrets():
-        text = text.replace(secret, "***")
-    lines = [line[:_MAX_LINE_LENGTH] for line in text.splitlines()[-_LOG_TAIL_LINES:]]
-    return "; its last words:\n" + "\n".join(lines) if lines else ""
-
-
-def _log_path(settings: Settings, job: Job) -> Path:
-    return work_dir(settings, job.id) / f"worker-{job.attempt}.log"

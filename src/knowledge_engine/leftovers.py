@@ -11,7 +11,7 @@ from knowledge_engine.core import GenerationSpec, Job, JobState, TrainingSpec, u
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import KnowledgeEngineError, NotFoundError, Reason, StateError
 from knowledge_engine.generation import journal
-from knowledge_engine.jobs import work_dir
+from knowledge_engine.processes import work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State

@@ -42,8 +42,8 @@ from knowledge_engine.errors import (
     UpstreamError,
 )
 from knowledge_engine.failpoints import failpoint
-from knowledge_engine.jobs import process_identity, server_is_alive, work_dir
 from knowledge_engine.leftovers import clean_up
+from knowledge_engine.processes import process_identity, server_is_alive, work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings, load_settings
 from knowledge_engine.state import Orders, State

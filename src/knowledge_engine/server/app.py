@@ -25,8 +25,9 @@ from knowledge_engine.core import Service
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.client import EngineClient, socket_path
-from knowledge_engine.jobs import Jobs, take_server_lock
+from knowledge_engine.jobs import Jobs
 from knowledge_engine.leftovers import clean_up, sweep_checkpoints
+from knowledge_engine.processes import take_server_lock
 from knowledge_engine.registry import Registry
 from knowledge_engine.server.health import Health, Watchman
 from knowledge_engine.server.services import (

@@ -48,6 +48,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_durably(path: Path, content: bytes) -> None:
+    """Fills a private file; its name may still be lost in a power cut until its folder is synced too."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Gives a file another content: whoever reads it, before or after a power cut, finds the old one or the new."""
+    new = path.with_name(f"{path.name}.new")
+    write_durably(new, content)
+    new.replace(path)
+    sync(path.parent)
+
+
 def demand_local(folder: Path) -> None:
     """Raises InvalidSpecError: SETTINGS_INVALID, when an existing folder lies on a file system of another machine.
 

@@ -47,7 +47,7 @@ from knowledge_engine.errors import (
     UpstreamError,
     from_dict,
 )
-from knowledge_engine.files import demand_space, sha256_of, sync
+from knowledge_engine.files import demand_space, sha256_of, sync, write_durably
 from knowledge_engine.manifest import MANIFEST, FileEntry, Manifest, corrupt, parse_manifest
 from knowledge_engine.remote import Remote
 from knowledge_engine.settings import Settings
@@ -170,7 +170,8 @@ class Registry:
         if self._remote is not None:
             known = max(self._numbers(spec.model, deleted=True), default=0)
             version, text = self._remote.publish(spec.model, job_id, folder, files, manifest_of, check, known)
-            _write_durably(folder / MANIFEST, text)
+            write_durably(folder / MANIFEST, text)
+            sync(folder)
             with self._lock(spec.model, version):
                 _merge(folder, home / str(version))
         else:
@@ -368,7 +369,8 @@ class Registry:
             return
         parse_manifest(model, version, text)
         folder = self._fresh_folder()
-        _write_durably(folder / MANIFEST, text)
+        write_durably(folder / MANIFEST, text)
+        sync(folder)
         home = self._root / model
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._lock(model, version):
@@ -424,7 +426,8 @@ class Registry:
         """Moves a folder to the next free number."""
         while True:
             version = max(self._numbers(model, deleted=True), default=0) + 1
-            _write_durably(folder / MANIFEST, manifest_of(version))
+            write_durably(folder / MANIFEST, manifest_of(version))
+            sync(folder)
             try:
                 folder.rename(self.folder(model, version))
             except OSError as error:
@@ -501,12 +504,3 @@ def _merge(folder: Path, target: Path) -> None:
             path.replace(target / path.name)
         sync(target)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    path.chmod(0o600)
-    sync(path.parent)

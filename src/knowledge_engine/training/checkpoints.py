@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from knowledge_engine.core import JobContext, JobStopped, StopReason, TrainingSpec
 from knowledge_engine.errors import IntegrityError, KnowledgeEngineError, Reason, from_dict
 from knowledge_engine.failpoints import failpoint
-from knowledge_engine.files import read_json, sync
+from knowledge_engine.files import read_json, replace_durably, sync, write_durably
 from knowledge_engine.settings import Settings
 from knowledge_engine.training.lora import Masks
 from knowledge_engine.training.publishing import LIBRARIES
@@ -284,11 +284,11 @@ class Checkpoints:
         partial.mkdir(mode=0o700)
         failpoint("checkpoint.begin")
         for file, content in contents.items():
-            _write_durably(partial / file, content)
+            write_durably(partial / file, content)
             failpoint("checkpoint.file")
         digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
         failpoint("checkpoint.before_marker")
-        _write_durably(partial / MARKER, json.dumps({"files": digests}, indent=1).encode())
+        write_durably(partial / MARKER, json.dumps({"files": digests}, indent=1).encode())
         sync(partial)
         failpoint("checkpoint.before_rename")
         self._demand_ownership()
@@ -361,9 +361,7 @@ class Checkpoints:
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if read_json(self._root / _OWNER).get("attempt", 0) > self._context.job.attempt:
             raise JobStopped(StopReason.SUPERSEDED)
-        path = self._root / f"{_OWNER}.{self._context.job.attempt}"
-        _write_durably(path, json.dumps({"attempt": self._context.job.attempt}).encode())
-        path.replace(self._root / _OWNER)
+        replace_durably(self._root / _OWNER, json.dumps({"attempt": self._context.job.attempt}).encode())
         for partial in self._root.glob("step-*.partial-*"):
             shutil.rmtree(partial, ignore_errors=True)
         sync(self._root)
@@ -420,14 +418,6 @@ def _sound_contents(path: Path) -> dict[str, bytes]:
         if hashlib.sha256(contents[file]).hexdigest() != listed[file]:
             raise _DamagedError(f"{file} is not what was written")
     return contents
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _completed(facts: dict[str, Any]) -> dict[str, Any]:

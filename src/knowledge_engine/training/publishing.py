@@ -32,7 +32,7 @@ from knowledge_engine.core import (
     TrainingSpec,
 )
 from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, UpstreamError, from_dict
-from knowledge_engine.files import sha256_of, sync
+from knowledge_engine.files import replace_durably, sha256_of, sync
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 
@@ -112,7 +112,7 @@ def keep(settings: Settings, mark: str, folder: Path, trained: Trained) -> Kept:
     sync(entry / _ADAPTER)
     files = {path.name: sha256_of(path) for path in (entry / _ADAPTER).iterdir()}
     trained = trained.model_copy(update={"files": files})
-    _write_facts(entry, trained)
+    replace_durably(entry / _FACTS, trained.model_dump_json().encode())
     return Kept(entry, trained, lock)
 
 
@@ -233,15 +233,6 @@ def _take_lock(entry: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _write_facts(entry: Path, trained: Trained) -> None:
-    path = entry / f"{_FACTS}.new"
-    path.write_text(trained.model_dump_json(), encoding="utf-8")
-    path.chmod(0o600)
-    sync(path)
-    path.replace(entry / _FACTS)
-    sync(entry)
 
 
 def _read_facts(entry: Path) -> Trained | None:

@@ -19,7 +19,7 @@ import torch
 
 from knowledge_engine.core import JobContext, JobStopped, StopReason, TrainingSpec
 from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason
-from knowledge_engine.files import read_json, sync
+from knowledge_engine.files import read_json, replace_durably
 from knowledge_engine.modeling import is_out_of_memory
 from knowledge_engine.settings import Settings
 
@@ -99,11 +99,8 @@ class Shortages:
     def _halve(self) -> JobStopped:
         asked = self._spec.per_device_train_batch_size
         half = asked // 2
-        path = self._context.work_dir / f"{_MICRO_BATCH}.new"
-        path.write_text(json.dumps({"per_device_train_batch_size": half}), encoding="utf-8")
-        sync(path)
-        path.replace(self._context.work_dir / _MICRO_BATCH)
-        sync(self._context.work_dir)
+        content = json.dumps({"per_device_train_batch_size": half}).encode()
+        replace_durably(self._context.work_dir / _MICRO_BATCH, content)
         message = (
             f"memory ran out with {asked} conversations at once; the training goes on with {half}, and as many for "
             "each optimizer step as before"

@@ -142,7 +142,7 @@ class TrainResponse(BaseModel):
 
     job_id: str
     status: JobStatus
-    estimated_duration: str | None = Field(description="Null while there is no measured rate to tell it from.")
+    estimated_duration: str | None = Field(description="Null; `/train/estimate` tells it, once a run was measured.")
     wandb_url: str | None = Field(description="The run's page at the tracker; null for an offline run.")
     model_name: str = Field(description="The model that will get a new version.")
 
@@ -230,7 +230,7 @@ class GenerateDataResponse(BaseModel):
     status: JobStatus
     estimated_conversations: int = Field(description="Conversations that will be produced.")
     estimated_cost: float | None = Field(description="Null while nothing is known of it.")
-    estimated_duration: str | None = Field(description="Null while there is no measured rate to tell it from.")
+    estimated_duration: str | None = Field(description="Null: nothing is known of it.")
     dataset_name: str = Field(description="The dataset that will be created.")
     catalogue: str = Field(description="The catalogue that is used.")
     provider: Literal["offline", "openai"] | None = Field(description="Who puts the conversations into words.")

@@ -630,7 +630,13 @@ def test_a_real_limit_is_a_full_disk(tmp_path: Path) -> None:
 def test_no_room_elsewhere_in_a_job_is_told_as_that(
     workshop: Workshop, fail_at: Callable[[str], None], place: str
 ) -> None:
+    """What is kept already is not given up so fast: three times it waits for room."""
+    workshop.settings = workshop.settings.model_copy(update={"checkpoint_seconds": 0.01})
     fail_at(f"{place}=enospc")
+    for _ in range(3):
+        with pytest.raises(JobStopped) as stopped:
+            workshop.run(use_qlora=False, max_steps=1)
+        assert stopped.value.reason is StopReason.RETRY
     with pytest.raises(CapacityError, match=r"No space left on device.*GB free") as caught:
         workshop.run(use_qlora=False, max_steps=1)
     assert caught.value.reason is Reason.DISK_FULL

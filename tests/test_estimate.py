@@ -21,7 +21,7 @@ from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import Example
-from knowledge_engine.training.estimate import Material, Need, compute_need, demand_room, read_shape
+from knowledge_engine.training.estimate import Material, Need, Row, compute_need, demand_room, read_shape
 from tests.running import wait_until
 from tests.tiny import FAMILIES, build_random_llama, build_tiny_base
 
@@ -215,7 +215,13 @@ def examples(count: int = 8, length: int = 100) -> list[Example]:
 
 def need(base: Base, length: int = 100, **changes: Any) -> Need:
     shape = read_shape(base.folder)
-    return compute_need(shape, spec(**changes), Material(examples(length=length), examples(2)), base, devices.CPU)
+    return compute_need(
+        shape,
+        spec(**changes),
+        Material([*map(Row.of, examples(length=length))], [*map(Row.of, examples(2))]),
+        base,
+        devices.CPU,
+    )
 
 
 @pytest.mark.parametrize(

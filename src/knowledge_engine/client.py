@@ -68,6 +68,8 @@ UPLOAD_CHUNK_BYTES = 2**20  # well under gRPC's limit of 4 MiB for one message
 RECONNECT_SECONDS = 300.0
 """How long a watch looks for a server that went away: a restart takes seconds, an upgrade minutes."""
 
+_LOOKING_SECONDS = 300.0
+"""A server may look through a large dataset before it takes a job."""
 _Response = TypeVar("_Response")
 
 Messages = str | Sequence[Message | Mapping[str, str]]
@@ -171,7 +173,7 @@ class Client:
     def estimate_training(self, spec: TrainingSpec) -> TrainingEstimate:
         """What a fine-tuning run would take and whether it would be accepted; nothing is queued."""
         request = jobs_pb2.EstimateTrainingJobRequest(spec=training_spec_to_proto(spec))
-        return estimate_from_proto(self._call(self._jobs.EstimateTrainingJob, request).estimate)
+        return estimate_from_proto(self._call(self._jobs.EstimateTrainingJob, request, _LOOKING_SECONDS).estimate)
 
     def get_job(self, job: str) -> Job:
         return job_from_proto(self._call(self._jobs.GetJob, jobs_pb2.GetJobRequest(name=f"jobs/{job}")).job)
@@ -368,15 +370,16 @@ class Client:
     def _create(self, method: Callable[..., _Response], request: object) -> _Response:
         """A call whose request carries an id, so that it can be repeated when its answer was lost."""
         try:
-            return self._call(method, request)
+            return self._call(method, request, _LOOKING_SECONDS)
         except UpstreamError as error:
             if error.reason is not Reason.SERVER_UNAVAILABLE:
                 raise
-            return self._call(method, request)
+            return self._call(method, request, _LOOKING_SECONDS)
 
-    def _call(self, method: Callable[..., _Response], request: object) -> _Response:
+    def _call(self, method: Callable[..., _Response], request: object, at_least_seconds: float = 0) -> _Response:
+        timeout = None if self._timeout_seconds is None else max(self._timeout_seconds, at_least_seconds)
         try:
-            return method(request, metadata=self._metadata, timeout=self._timeout_seconds)
+            return method(request, metadata=self._metadata, timeout=timeout)
         except grpc.RpcError as error:
             raise self._error(error) from None
 

@@ -61,6 +61,8 @@ def _cuda_memory() -> int:
     pynvml.nvmlInit()
     try:
         return int(pynvml.nvmlDeviceGetMemoryInfo(_first_device()).total)
+    except pynvml.NVMLError:  # a chip that shares its memory with the host, for one
+        return _host_memory()
     finally:
         pynvml.nvmlShutdown()
 

@@ -22,7 +22,7 @@ from knowledge_engine import devices
 from knowledge_engine.core import Job, JobEvent, JobKind, JobSpec, JobState
 from knowledge_engine.errors import ConflictError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.failpoints import failpoint
-from knowledge_engine.processes import LINGERING_SECONDS, Adopted, Child, Worker, describe_exit, last_words
+from knowledge_engine.processes import GAVE_UP, LINGERING_SECONDS, Adopted, Child, Worker, describe_exit, last_words
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import Request, RunningAttempt, State
 
@@ -44,14 +44,23 @@ _REPLAY_EVENTS = 500
 class Jobs:
     """Create, `start` and `stop` it inside one event loop."""
 
-    def __init__(self, settings: Settings, state: State, clean_up: Callable[[Job], None], lock_file: int) -> None:
-        """`clean_up` takes away what a job's attempts have left and nobody needs in the job's state. `lock_file` is
-        what `take_server_lock` gave; it is closed by `stop`."""
+    def __init__(
+        self,
+        settings: Settings,
+        state: State,
+        clean_up: Callable[[Job], None],
+        second_chance: Callable[[Job], str | None],
+        lock_file: int,
+    ) -> None:
+        """`clean_up` takes away what a job's attempts have left and nobody needs in the job's state. `second_chance`
+        lets a job's next attempt do with less memory and says how, or answers None. `lock_file` is what
+        `take_server_lock` gave; it is closed by `stop`."""
         self.trouble = ""
         """Why jobs cannot be started now; empty while they can."""
         self._settings = settings
         self._state = state
         self._clean_up = clean_up
+        self._second_chance = second_chance
         self._workers: dict[_Key, Worker] = {}
         self._memory_bytes = devices.total_memory(settings)
         self._pulse = _Pulse(settings.lease_seconds)
@@ -243,20 +252,29 @@ class Jobs:
         if worker.interrupted or code in {-signal.SIGTERM, 128 + signal.SIGTERM}:
             message = "interrupted before it could make a checkpoint"
             job = await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
-        elif worker.fell_with_its_machine:
-            message = "its machine, or the server that had just started it, ended"
+        elif worker.fell_with_its_machine or code == GAVE_UP:
+            message = "its machine, its server or the store was away"
             job = await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, message)
+        elif worker.was_out_of_memory(code):
+            job = await self._bury_out_of_memory(job, how)
         else:
-            reason = Reason.OUT_OF_MEMORY if worker.was_out_of_memory(code) else Reason.WORKER_CRASHED
-            if reason is Reason.OUT_OF_MEMORY:
-                how += ", by the kernel, which had run out of memory"
             how += await asyncio.to_thread(last_words, self._settings, job)
-            job = await asyncio.to_thread(self._state.bury_attempt, job.id, job.attempt, how, MAX_CRASHES, reason)
+            bury = self._state.bury_attempt
+            job = await asyncio.to_thread(bury, job.id, job.attempt, how, MAX_CRASHES, Reason.WORKER_CRASHED)
         _LOG.warning("job %s, attempt %d: %s", job.id, job.attempt, how)
         if job.state.is_terminal:
             self._see_off(job)
         else:
             await asyncio.to_thread(self._clean_up, job)
+
+    async def _bury_out_of_memory(self, job: Job, how: str) -> Job:
+        """The kernel has killed it for want of memory: with less at once it may go on, where the job allows that."""
+        how += f", by the kernel, which had run out of memory ({self._memory_bytes / 2**30:.1f} GiB for all)"
+        if message := await asyncio.to_thread(self._second_chance, job):
+            return await asyncio.to_thread(self._state.abandon_attempt, job.id, job.attempt, f"{how}; {message}")
+        how += "; a smaller per_device_train_batch_size, or shorter conversations, need less"
+        bury = self._state.bury_attempt
+        return await asyncio.to_thread(bury, job.id, job.attempt, how, MAX_CRASHES, Reason.OUT_OF_MEMORY)
 
     def _see_off(self, job: Job) -> None:
         """Does for a job that has ended what its worker could not do any more; nobody waits for it."""

@@ -15,10 +15,8 @@ from knowledge_engine.processes import work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
+from knowledge_engine.training.plan import CHECKPOINTS, halve_micro_batch
 from knowledge_engine.training.publishing import drop_kept
-
-CHECKPOINTS = "checkpoints"
-"""The folder of a job's checkpoints, in its work folder."""
 
 KEPT_FOR = timedelta(days=30)
 _DEATHS = {Reason.WORKER_CRASHED, Reason.OUT_OF_MEMORY}
@@ -67,6 +65,14 @@ def _retract(settings: Settings, state: State, registry: Registry, job: Job) -> 
                 if state.get_dataset(name).job_id == job.id:
                     datasets.delete(name)
             datasets.discard_unrecorded(name)
+
+
+def second_chance(settings: Settings, job: Job) -> str | None:
+    """How the job's next attempt does with less memory, for a worker that could not say so itself; None where it may
+    not, or does already."""
+    if isinstance(job.spec, TrainingSpec) and job.spec.auto_find_batch_size:
+        return halve_micro_batch(work_dir(settings, job.id), job.spec)
+    return None
 
 
 def sweep_checkpoints(settings: Settings, state: State, max_age: timedelta = KEPT_FOR) -> None:

@@ -29,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 
 LINGERING_SECONDS = 60.0
 """A worker may take so long to clear up and to tell its tracker, once its job's end is written down."""
+GAVE_UP = 75
+"""Exit code of a worker that ended because nobody could hear of its work; that is no crash (EX_TEMPFAIL, sysexits)."""
 _LOOK_SECONDS = 0.25
 _LOG_TAIL_LINES = 20
 _LAST_WORDS_BYTES = 16_384

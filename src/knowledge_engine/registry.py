@@ -176,7 +176,8 @@ class Registry:
                 _merge(folder, home / str(version))
         else:
             version = self._take_number(spec.model, folder, manifest_of)
-        sync(home)
+        for folder in (home, self._root):
+            sync(folder)
         return self.get(spec.model, version)
 
     def withdraw(self, model: str, job_id: str) -> None:

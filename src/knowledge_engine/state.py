@@ -643,9 +643,8 @@ def _held(connection: sa.Connection) -> dict[str, int]:
 def _fits(connection: sa.Connection, row: sa.Row[Any], memory_bytes: int | None) -> bool:
     if row.memory_bytes is None or memory_bytes is None:
         return True
-    held = _held(connection)
-    is_alone = not any(holder.startswith("jobs/") for holder in held)
-    return is_alone or row.memory_bytes + sum(held.values()) <= memory_bytes
+    others = sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.kind == row.kind, JOBS.c.state.in_(_UNDER_WAY))
+    return not connection.scalar(others) or row.memory_bytes + sum(_held(connection).values()) <= memory_bytes
 
 
 def _find_request(connection: sa.Connection, creator: str, request: Request) -> Job | None:

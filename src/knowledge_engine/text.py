@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -341,7 +341,12 @@ def encode_conversations(conversations: Iterable[HasMessages], text: ChatText, m
         InvalidSpecError: EXAMPLE_TOO_LONG or NOTHING_TO_TRAIN, naming rows (nothing is ever cut); SPEC_INVALID or
             CHAT_TEMPLATE_REFUSED, naming the first row that the template does not take.
     """
-    examples: list[Example] = []
+    return list(iter_examples(conversations, text, max_length))
+
+
+def iter_examples(conversations: Iterable[HasMessages], text: ChatText, max_length: int) -> Iterator[Example]:
+    """As `encode_conversations`, one after the other; what is wrong with rows is raised at the end."""
+    num_examples = 0
     too_long: list[Violation] = []
     untrained: list[Violation] = []
     for row, conversation in enumerate(conversations, 1):
@@ -353,8 +358,9 @@ def encode_conversations(conversations: Iterable[HasMessages], text: ChatText, m
             untrained.append(Violation(f"rows[{row}]", "holds no assistant turn"))
         if len(example.input_ids) > max_length:
             too_long.append(Violation(f"rows[{row}]", f"has {len(example.input_ids)} tokens"))
-        examples.append(example)
-    if untrained or not examples:
+        num_examples += 1
+        yield example
+    if untrained or not num_examples:
         raise InvalidSpecError(
             f"nothing would be learned from {_name_rows(untrained) or 'an empty dataset'}: no assistant turn",
             reason=Reason.NOTHING_TO_TRAIN,
@@ -369,7 +375,6 @@ def encode_conversations(conversations: Iterable[HasMessages], text: ChatText, m
             max_length=max_length,
             num_rows=len(too_long),
         )
-    return examples
 
 
 def read_template(folder: Path) -> str:

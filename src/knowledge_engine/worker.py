@@ -43,7 +43,7 @@ from knowledge_engine.errors import (
 )
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.leftovers import clean_up
-from knowledge_engine.processes import process_identity, server_is_alive, work_dir
+from knowledge_engine.processes import GAVE_UP, process_identity, server_is_alive, work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings, load_settings
 from knowledge_engine.state import Orders, State
@@ -51,6 +51,7 @@ from knowledge_engine.state import Orders, State
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _STORE_PATIENCE_SECONDS = 2.0
+_STORE_RETRY_SECONDS = 5.0
 _SUPERSEDED_SECONDS = 8.0
 _SECOND_SIGNAL_SECONDS = 2.0
 """Who stops a whole service may signal a worker twice at once; later, a second signal is meant."""
@@ -224,6 +225,8 @@ class Attempt:
         now = time.monotonic()
         self._refused_since = self._refused_since or now
         if now - self._refused_since > self._settings.orphan_grace_seconds:
+            self.stop(StopReason.INTERRUPTED)  # to keep what there is
+        if now - self._refused_since > 2 * self._settings.orphan_grace_seconds:
             self._give_up("the store took no write")
 
     def _obey(self, orders: Orders) -> None:
@@ -243,7 +246,7 @@ class Attempt:
     def _give_up(self, why: str) -> None:
         """Ends the process at once: nobody would hear of its work, and a later attempt will redo it."""
         _LOG.error("giving up: %s", why)
-        os._exit(3)
+        os._exit(GAVE_UP)
 
 
 def _sayable(text: str) -> str:
@@ -300,6 +303,7 @@ def _work(attempt: Attempt, settings: Settings, state: State) -> JobResult | Kno
         return JobStopped(StopReason.SUPERSEDED)
     except KnowledgeEngineError as error:
         if error.reason is Reason.STATE_UNAVAILABLE:  # that is no fault of the job's
+            time.sleep(_STORE_RETRY_SECONDS)
             return JobStopped(StopReason.RETRY, f"interrupted: {error.message}")
         _LOG.exception("the job failed")
         return error

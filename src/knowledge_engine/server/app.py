@@ -26,7 +26,7 @@ from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.client import EngineClient, socket_path
 from knowledge_engine.jobs import Jobs
-from knowledge_engine.leftovers import clean_up, sweep_checkpoints
+from knowledge_engine.leftovers import clean_up, second_chance, sweep_checkpoints
 from knowledge_engine.processes import take_server_lock
 from knowledge_engine.registry import Registry
 from knowledge_engine.server.health import Health, Watchman
@@ -156,7 +156,13 @@ async def start_server(settings: Settings) -> RunningServer:
     registry = Registry.open(settings)
     datasets = Datasets(settings.data_dir / "datasets", state)
     engine = EngineClient(socket_path(settings))
-    jobs = Jobs(settings, state, functools.partial(clean_up, settings, state), lock_file)
+    jobs = Jobs(
+        settings,
+        state,
+        functools.partial(clean_up, settings, state),
+        functools.partial(second_chance, settings),
+        lock_file,
+    )
     texts = Texts(settings)
     server = grpc.aio.server(interceptors=[Guard(settings.keys)], options=_OPTIONS)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(settings, jobs, state, datasets, texts), server)

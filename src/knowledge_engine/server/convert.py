@@ -108,7 +108,7 @@ def request(request_id: str, spec: core.JobSpec) -> Request | None:
         return None
     if len(request_id) > MAX_REQUEST_ID_LENGTH or not request_id.isascii() or not request_id.isprintable():
         raise _invalid("request_id", f"must be 1 to {MAX_REQUEST_ID_LENGTH} printable ASCII characters")
-    asked = f"{type(spec).__name__} {spec.model_dump_json()}"
+    asked = f"{type(spec).__name__} {spec.model_dump_json(exclude_defaults=True)}"  # a later release knows more fields
     return Request(request_id, hashlib.sha256(asked.encode()).hexdigest())
 
 

@@ -7,14 +7,14 @@ import functools
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import IO, Any, NamedTuple, TypeVar
 
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
-from knowledge_engine.datasets import Datasets, split_conversations
+from knowledge_engine.datasets import Conversation, Datasets, split_conversations
 from knowledge_engine.errors import (
     IntegrityError,
     InvalidSpecError,
@@ -33,8 +33,8 @@ from knowledge_engine.server import convert
 from knowledge_engine.server.status import CALLER
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
-from knowledge_engine.text import ChatText, encode_conversations, with_context
-from knowledge_engine.training.estimate import Material, Preflight
+from knowledge_engine.text import ChatText, iter_examples, with_context
+from knowledge_engine.training.estimate import Material, Preflight, Row
 from knowledge_engine.v1 import (
     datasets_pb2,
     datasets_pb2_grpc,
@@ -86,6 +86,28 @@ class _Accepted(NamedTuple):
     memory_bytes: int | None = None
 
 
+class _Measured:
+    """What datasets measure for a base. It takes a second for every 300 rows or so, so many who ask share one answer,
+    one is found at a time, the newest is kept, and the work goes on when those who asked leave."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1, "measure")
+        self._tasks: dict[object, asyncio.Task[list[Row]]] = {}
+
+    async def get(self, facts: object, measure: Callable[[], list[Row]]) -> list[Row]:
+        task = self._tasks.get(facts)
+        if task is None or (task.done() and task.exception() is not None):
+            self._tasks = {key: task for key, task in self._tasks.items() if not task.done()}
+            task = self._tasks[facts] = asyncio.create_task(_in(self._threads, measure))
+        return await asyncio.shield(task)
+
+
+def _split(spec: core.TrainingSpec, conversations: Sequence[Conversation], rows: Sequence[Row]) -> Material:
+    by_identity = {id(conversation): row for conversation, row in zip(conversations, rows, strict=True)}
+    train, held_out = split_conversations(conversations, spec.eval_split, spec.seed)
+    return Material([by_identity[id(row)] for row in train], [by_identity[id(row)] for row in held_out])
+
+
 class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     def __init__(self, settings: Settings, jobs: Jobs, state: State, datasets: Datasets, texts: Texts) -> None:
         self._settings = settings
@@ -94,6 +116,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         self._datasets = datasets
         self._texts = texts
         self._preflight = Preflight(settings, state)
+        self._measured = _Measured()
 
     async def CreateTrainingJob(  # noqa: N802
         self, request: jobs_pb2.CreateTrainingJobRequest, context: Any
@@ -113,16 +136,16 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         self, request: jobs_pb2.EstimateTrainingJobRequest, context: Any
     ) -> jobs_pb2.EstimateTrainingJobResponse:
         spec = convert.training_spec(request.spec)
-        estimate = await asyncio.to_thread(lambda: self._preflight.estimate(spec, *self._material(spec)))
+        estimate = await asyncio.to_thread(self._preflight.estimate, spec, *await self._material(spec))
         return jobs_pb2.EstimateTrainingJobResponse(estimate=convert.training_estimate(estimate))
 
-    async def _create(self, asked: _Spec, request_id: str, check: Callable[[_Spec], _Accepted]) -> core.Job:
+    async def _create(self, asked: _Spec, request_id: str, check: Callable[[_Spec], Awaitable[_Accepted]]) -> core.Job:
         """The job of this request: the one it has made before, else a new one, once `check` has let it pass."""
         caller, request = CALLER.get(), convert.request(request_id, asked)
         if request is not None and (known := await asyncio.to_thread(self._state.find_request, caller, request)):
             return known
         try:
-            accepted = await asyncio.to_thread(check, asked)
+            accepted = await check(asked)
         except KnowledgeEngineError:
             # The same request may have made its job, and the job its dataset, just now.
             if request is not None and (known := await asyncio.to_thread(self._state.find_request, caller, request)):
@@ -167,37 +190,40 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             async for event in events:
                 yield jobs_pb2.WatchJobResponse(event=convert.job_event(event))
 
-    def _checked(self, spec: core.TrainingSpec) -> _Accepted:
+    async def _checked(self, spec: core.TrainingSpec) -> _Accepted:
         """Refuses before anything is stored what could only fail later."""
         try:
-            base, material = self._material(spec)
+            base, material = await self._material(spec)
         except UpstreamError as error:
             if error.reason is not Reason.BASE_MODEL_LOADING:
                 raise
             return _Accepted(spec)  # not prepared yet: the worker prepares it and checks the same
-        need = self._preflight.demand_room(spec, base, material)
+        need = await asyncio.to_thread(self._preflight.demand_room, spec, base, material)
         return _Accepted(spec, need.memory.expected_bytes)
 
-    def _material(self, spec: core.TrainingSpec) -> tuple[Base, Material]:
+    async def _material(self, spec: core.TrainingSpec) -> tuple[Base, Material]:
         """The base, and the dataset's rows as it will see them.
 
         Raises:
             UpstreamError: BASE_MODEL_LOADING, once everything else is checked.
         """
         _require_torch()
-        dataset = self._datasets.get(spec.dataset)
+        dataset = await asyncio.to_thread(self._datasets.get, spec.dataset)
         if dataset.kind is not core.DatasetKind.CONVERSATIONS:
             raise _wrong_kind("spec.dataset", dataset, core.DatasetKind.CONVERSATIONS)
-        base, text = self._texts.get(spec.base_model)
-        rows = self._datasets.conversations(spec.dataset)
-        # Encoded before the split, so that errors name rows of the dataset.
-        examples = encode_conversations(rows, text, base.max_length(spec.max_length))
-        by_identity = {id(row): example for row, example in zip(rows, examples, strict=True)}
-        train, held_out = split_conversations(rows, spec.eval_split, spec.seed)
-        return base, Material([by_identity[id(row)] for row in train], [by_identity[id(row)] for row in held_out])
+        base, text = await asyncio.to_thread(self._texts.get, spec.base_model)
+        conversations = await asyncio.to_thread(self._datasets.conversations, spec.dataset)
+        max_length = base.max_length(spec.max_length)
+        facts = (dataset.digest, base.digest, text.template_digest, max_length)
+        # Measured before the split, so that errors name rows of the dataset.
+        rows = await self._measured.get(facts, lambda: [*map(Row.of, iter_examples(conversations, text, max_length))])
+        return base, await asyncio.to_thread(_split, spec, conversations, rows)
 
-    def _completed(self, spec: core.GenerationSpec) -> _Accepted:
+    async def _completed(self, spec: core.GenerationSpec) -> _Accepted:
         """The spec with its catalogue, dataset and provider named, all checked."""
+        return await asyncio.to_thread(self._complete, spec)
+
+    def _complete(self, spec: core.GenerationSpec) -> _Accepted:
         provider = require_provider(self._settings, spec.provider)
         if spec.catalogue:
             catalogue = self._datasets.get(spec.catalogue)

@@ -8,6 +8,7 @@ The folder belongs to the newest attempt of the job: one that was declared dead 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -32,12 +33,14 @@ from knowledge_engine.failpoints import failpoint
 from knowledge_engine.files import read_json, replace_durably, sync, write_durably
 from knowledge_engine.settings import Settings
 from knowledge_engine.training.lora import Masks
+from knowledge_engine.training.plan import CHECKPOINTS
 from knowledge_engine.training.publishing import LIBRARIES
 from knowledge_engine.training.shortages import disk_full, is_disk_full
 
-FOLDER = "checkpoints"
+FOLDER = CHECKPOINTS
 MARKER = "complete.json"
 DAMAGED = "CHECKPOINT_DAMAGED"
+FAILED = "CHECKPOINT_FAILED"
 ENVIRONMENT_CHANGED = "CHECKPOINT_ENVIRONMENT_CHANGED"
 
 _ADAPTER, _RANDOM, _PROGRESS = "adapter.safetensors", "random.safetensors", "progress.json"
@@ -49,6 +52,7 @@ _KEPT = 2
 _SHARE = 50
 """By time, one is due no sooner than so many times what the last one took: 2 % of the time."""
 _MAX_FAILURES = 3
+_RESERVE_BYTES = 64 * 2**20
 
 _LOG = logging.getLogger(__name__)
 
@@ -191,6 +195,9 @@ class Checkpoints:
                 self._damaged.append(path)
                 self._context.warn(DAMAGED, f"the checkpoint {path.name} is damaged and is passed over: {damage}")
                 continue
+            if position.step < (self._context.job.checkpoint_step or 0) and not self._damaged:
+                missing = f"the checkpoint after step {self._context.job.checkpoint_step} is gone"
+                self._context.warn(DAMAGED, f"{missing}; the one before it is used")
             learned.restore(files)
             randomness.restore(masks, device)
             self.newest_step = position.step
@@ -239,17 +246,15 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(self._partial(step), ignore_errors=True)
             self._demand_ownership()
-            if not is_disk_full(error):
-                raise
             self._put_off(step, error, may_fail=may_fail)
             return
         self._num_failures, self._try_again_time = 0, None
-        self._retire(step)
         self.newest_step = step
         self._saved_time = time.monotonic()
         self._took_seconds = self._saved_time - began
         failpoint("checkpoint.done")
         self._context.checkpointed(step, size_bytes)
+        self._retire(step)
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -279,6 +284,9 @@ class Checkpoints:
 
     def _write(self, step: int, contents: Mapping[str, bytes]) -> int:
         """Returns its size in bytes."""
+        size_bytes = sum(map(len, contents.values()))
+        if shutil.disk_usage(self._root).free < size_bytes + _RESERVE_BYTES:  # the store needs some of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         partial, target = self._partial(step), self._root / _name(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(mode=0o700)
@@ -296,17 +304,23 @@ class Checkpoints:
             shutil.rmtree(target)
         partial.rename(target)
         sync(self._root)
-        return sum(map(len, contents.values()))
+        return size_bytes
 
     def _put_off(self, step: int, error: OSError, *, may_fail: bool) -> None:
         self._num_failures += 1
         if self._num_failures >= _MAX_FAILURES and not may_fail:
+            if not is_disk_full(error):
+                raise error
             raise self.with_whereabouts(disk_full(error, self._root, f"{_MAX_FAILURES} checkpoints in a row failed"))
         self._try_again_time = time.monotonic() + self._seconds
         self._context.warn(
-            Reason.DISK_FULL.value,
-            f"there was no room for the checkpoint after step {step} ({os.strerror(error.errno or 0)}); training goes "
-            f"on, and the next one is tried in {self._seconds:g} s",
+            Reason.DISK_FULL.value if is_disk_full(error) else FAILED,
+            f"the checkpoint after step {step} could not be written ({os.strerror(error.errno or 0)}); "
+            + (
+                f"from here the job can only go on from step {self.newest_step}"
+                if may_fail
+                else f"training goes on, and the next one is tried in {self._seconds:g} s"
+            ),
         )
 
     def _retire(self, step: int) -> None:
@@ -364,7 +378,8 @@ class Checkpoints:
         replace_durably(self._root / _OWNER, json.dumps({"attempt": self._context.job.attempt}).encode())
         for partial in self._root.glob("step-*.partial-*"):
             shutil.rmtree(partial, ignore_errors=True)
-        sync(self._root)
+        for folder in (self._root, self._root.parent, self._root.parent.parent):
+            sync(folder)
 
     def _demand_ownership(self) -> None:
         owner = json.loads((self._root / _OWNER).read_bytes())["attempt"]

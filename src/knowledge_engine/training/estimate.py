@@ -114,16 +114,27 @@ class Memory:
     high_bytes: int
 
 
+class Row(NamedTuple):
+    """What counts of an example: its tokens, and those of them that are trained."""
+
+    length: int
+    num_trained: int
+
+    @classmethod
+    def of(cls, example: Example) -> Row:
+        return cls(len(example.input_ids), sum(example.trained[1:]))
+
+
 @dataclass(frozen=True)
 class Material:
     """The encoded rows on both sides of the split."""
 
-    train: Sequence[Example]
-    held_out: Sequence[Example]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
 
     @property
     def longest(self) -> int:
-        return max(len(example.input_ids) for example in (*self.train, *self.held_out))
+        return max(row.length for row in (*self.train, *self.held_out))
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,8 @@ def demand_room(
     try:
         state = State.open(settings.state_url, migrate=False)
         try:
-            Preflight(settings, state).demand_room(halved, base, Material(train, held_out))
+            material = Material([Row.of(example) for example in train], [Row.of(example) for example in held_out])
+            Preflight(settings, state).demand_room(halved, base, material)
         finally:
             state.close()
     except UpstreamError as error:
@@ -413,13 +425,13 @@ def _weight_bytes(shape: Shape, size: int, device: str, *, use_qlora: bool) -> i
     return max(shape.file_bytes, left_behind) + kept + quantised
 
 
-def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Example], size: int) -> int:
+def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Row], size: int) -> int:
     """Live at the largest moment of a batch, besides weights and optimizer: all that the layers keep, and the larger of
     the head's chunk and the backward pass of one layer."""
-    longest = max(len(example.input_ids) for example in batch)
+    longest = max(row.length for row in batch)
     tokens = len(batch) * longest
-    is_padded = any(len(example.input_ids) != longest for example in batch)
-    trained = sum(sum(example.trained[1:]) for example in batch)
+    is_padded = any(row.length != longest for row in batch)
+    trained = sum(row.num_trained for row in batch)
     adapted = shape.adapted(spec.lora)
     heads_width = shape.num_heads * shape.head_width
     # With a mask, keys and values are repeated for every head.
@@ -439,27 +451,29 @@ def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Example], size
     return kept + max(head, backward)
 
 
-def _evaluation_bytes(shape: Shape, held_out: Sequence[Example], size: int, adapter: int) -> int:
+def _evaluation_bytes(shape: Shape, held_out: Sequence[Row], size: int, adapter: int) -> int:
     """The base as it is served, with the adapter; nothing is kept for a backward pass."""
     if not held_out:
         return 0
-    lengths = sorted(len(example.input_ids) for example in held_out)
+    lengths = sorted(row.length for row in held_out)
     tokens = EVALUATION_BATCH_SIZE * lengths[-1]
     layer = size * tokens * (6 * shape.width + 3 * shape.inner)
+    if len(set(lengths[-EVALUATION_BATCH_SIZE:])) > 1:  # a mask for the padding
+        layer += 4 * EVALUATION_BATCH_SIZE * lengths[-1] ** 2
     head = 2 * 4 * min(tokens, CHUNK_POSITIONS) * shape.vocabulary
     return max(shape.file_bytes, size * shape.num_weights) + 2 * adapter + layer + head
 
 
-def _batches(spec: TrainingSpec, examples: Sequence[Example], num_steps: int) -> Iterator[list[Example]]:
-    lengths = [len(example.input_ids) for example in examples]
+def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int) -> Iterator[list[Row]]:
+    lengths = [row.length for row in rows]
     for window in islice(plan_windows(lengths, spec), num_steps):
         for members in window:
-            yield [examples[index] for index in members]
+            yield [rows[index] for index in members]
 
 
 def _count_tokens(spec: TrainingSpec, material: Material, num_steps: int, per_epoch: int) -> int:
     """Whole epochs go through everything once; of the last one only the steps that are left count."""
-    lengths = [len(example.input_ids) for example in material.train]
+    lengths = [row.length for row in material.train]
     whole, left = divmod(num_steps, per_epoch)
     windows = islice(plan_windows(lengths, spec, first_epoch=whole), left)
     return whole * sum(lengths) + sum(lengths[index] for window in windows for batch in window for index in batch)

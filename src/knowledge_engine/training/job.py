@@ -43,6 +43,7 @@ from knowledge_engine.training.loss import mean_loss
 from knowledge_engine.training.publishing import (
     Kept,
     Trained,
+    drop_kept,
     find_kept,
     fingerprint,
     keep,
@@ -107,6 +108,10 @@ def _run(
         if (compared := trained.comparison) is not None:
             tracker.log({"eval/loss": compared.tuned_loss, "eval/base_loss": compared.base_loss}, trained.num_steps)
         return _publish(context, settings, spec, base, material, kept, registry, device)
+    except KnowledgeEngineError as error:
+        if error.reason is Reason.NON_FINITE:  # nobody shall come back for it
+            drop_kept(settings, context.job.id)
+        raise
     finally:
         if kept is not None:
             kept.release()

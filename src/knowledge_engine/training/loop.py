@@ -132,7 +132,7 @@ def train(
             demand_finite("the loss", step_loss, step)
             demand_finite("the gradient norm", grad_norm, step)
             num_zeros = num_zeros + 1 if step_loss == 0 else 0
-            _demand_movement(num_zeros, step)
+            _demand_movement(num_zeros, step, total_steps)
             learning_rate = learning_rate_at(spec, step - 1, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -189,6 +189,7 @@ class _Teller:
             with meter.paused():
                 batches = evaluation_batches(self._held_out, self._device)
                 eval_loss, _ = mean_loss(self._model, batches, self._context.check)
+            demand_finite("the held-out loss", eval_loss, step)
             self._log({"eval/loss": eval_loss, "train/global_step": step}, step)
         if step % spec.logging_steps == 0 or step == meter.total_steps or eval_loss is not None:
             progress = meter.progress(step, step / self._steps_per_epoch).model_copy(
@@ -215,9 +216,9 @@ def demand_finite(quantity: str, value: float, step: int) -> None:
         )
 
 
-def _demand_movement(num_zeros: int, step: int) -> None:
-    """Raises KnowledgeEngineError: NON_FINITE, for a loss of exactly 0 in several steps on end."""
-    if num_zeros >= _MAX_ZEROS:
+def _demand_movement(num_zeros: int, step: int, total_steps: int) -> None:
+    """Raises KnowledgeEngineError: NON_FINITE, for a loss of exactly 0 in several steps on end, or in all there are."""
+    if num_zeros >= min(_MAX_ZEROS, total_steps):
         raise KnowledgeEngineError(
             f"the loss is stuck at 0: {num_zeros} steps in a row, up to step {step}; the numbers have broken down, a "
             "lower learning_rate usually helps",

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
+from pathlib import Path
 
 from knowledge_engine.core import TrainingSpec
+from knowledge_engine.files import read_json, replace_durably
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a job's checkpoints, in its work folder."""
 DEFAULT_EPOCHS = 3.0
 EVALUATION_BATCH_SIZE = 4
 CHUNK_POSITIONS = 512
 """Logits of so many positions exist at a time: 100 MB with a vocabulary of 49,152."""
 
+_MICRO_BATCH = "micro_batch.json"
 _POOL_BATCHES = 64
 """Examples are sorted by length within pools of so many batches: little padding, yet other neighbours every epoch."""
+
+
+def read_micro_batch(folder: Path, spec: TrainingSpec) -> int:
+    """Examples that are computed at once: as the spec has it, or half of it since memory ran out. `folder` is the
+    job's."""
+    kept = read_json(folder / _MICRO_BATCH).get("per_device_train_batch_size")
+    return kept if isinstance(kept, int) and kept > 0 else spec.per_device_train_batch_size
+
+
+def halve_micro_batch(folder: Path, spec: TrainingSpec) -> str | None:
+    """From the next attempt on half as many examples are computed at once; says so in a sentence. None where that is
+    done already or cannot be."""
+    asked = spec.per_device_train_batch_size
+    if asked < 2 or read_micro_batch(folder, spec) != asked:
+        return None
+    half = asked // 2
+    replace_durably(folder / _MICRO_BATCH, json.dumps({"per_device_train_batch_size": half}).encode())
+    return (
+        f"memory ran out with {asked} conversations at once; the training goes on with {half}, and as many for each "
+        "optimizer step as before"
+    )
 
 
 def count_steps(spec: TrainingSpec, num_examples: int) -> tuple[int, int]:

@@ -113,6 +113,8 @@ def keep(settings: Settings, mark: str, folder: Path, trained: Trained) -> Kept:
     files = {path.name: sha256_of(path) for path in (entry / _ADAPTER).iterdir()}
     trained = trained.model_copy(update={"files": files})
     replace_durably(entry / _FACTS, trained.model_dump_json().encode())
+    for folder in (entry.parent, entry.parent.parent, settings.data_dir):
+        sync(folder)
     return Kept(entry, trained, lock)
 
 

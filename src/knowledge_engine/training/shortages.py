@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,10 @@ from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason
 from knowledge_engine.files import read_json, replace_durably
 from knowledge_engine.modeling import is_out_of_memory
 from knowledge_engine.settings import Settings
+from knowledge_engine.training.plan import CHECKPOINTS, halve_micro_batch, read_micro_batch
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries written in Rust say it
-_MICRO_BATCH = "micro_batch.json"
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -47,6 +48,11 @@ def disk_full(error: BaseException, folder: Path, what: str) -> CapacityError:
     )
 
 
+_WAITS = "disk_full.json"
+_MAX_WAITS = 3
+_LOOK_SECONDS = 0.2
+
+
 class Shortages:
     """What runs out while a training job is at work. `longest_row`, in tokens, is told to it."""
 
@@ -61,8 +67,7 @@ class Shortages:
     @property
     def micro_batch(self) -> int:
         """Examples that are computed at once: as the spec has it, or half of it since memory ran out."""
-        kept = read_json(self._context.work_dir / _MICRO_BATCH).get("per_device_train_batch_size")
-        return kept if isinstance(kept, int) and kept > 0 else self._spec.per_device_train_batch_size
+        return read_micro_batch(self._context.work_dir, self._spec)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -84,29 +89,54 @@ class Shortages:
         except (KnowledgeEngineError, JobStopped):
             raise
         except Exception as error:
-            if is_disk_full(error):
-                raise disk_full(error, self._settings.data_dir, "the job could not write its files") from error
-            if not is_out_of_memory(error):
-                raise
-            if self._may_halve():
-                raise self._halve() from error
+            try:
+                self._explain(error)
+            except OSError as another:  # the disk may be full as well
+                if not is_disk_full(another):
+                    raise
+                raise disk_full(another, self._settings.data_dir, "the job could not write its files") from error
+            raise
+
+    def _explain(self, error: Exception) -> None:
+        """Raises what `told` does, where it applies."""
+        if is_disk_full(error):
+            if self._may_wait_for_room():
+                self._wait_for_room(error)
+                raise JobStopped(StopReason.RETRY, "the disk was full; it goes on from what is kept") from error
+            raise disk_full(error, self._settings.data_dir, "the job could not write its files") from error
+        if is_out_of_memory(error):
+            if message := self._halved():
+                self._context.warn(Reason.OUT_OF_MEMORY.value, message)
+                raise JobStopped(StopReason.RETRY, message) from error
             raise self._out_of_memory(error) from error
 
-    def _may_halve(self) -> bool:
-        asked = self._spec.per_device_train_batch_size
-        return self._spec.auto_find_batch_size and self._is_training and asked > 1 and self.micro_batch == asked
+    def _may_wait_for_room(self) -> bool:
+        """Whether there is something to lose, and no more than so many waits for room behind it."""
+        if not any((self._context.work_dir / CHECKPOINTS).glob("step-*")):
+            return False
+        path = self._context.work_dir / _WAITS
+        before = read_json(path)
+        step = self._context.job.checkpoint_step
+        waits = before.get("waits", 0) if before.get("checkpoint_step") == step else 0
+        if waits < _MAX_WAITS:
+            replace_durably(path, json.dumps({"waits": waits + 1, "checkpoint_step": step}).encode())
+        return bool(waits < _MAX_WAITS)
 
-    def _halve(self) -> JobStopped:
-        asked = self._spec.per_device_train_batch_size
-        half = asked // 2
-        content = json.dumps({"per_device_train_batch_size": half}).encode()
-        replace_durably(self._context.work_dir / _MICRO_BATCH, content)
-        message = (
-            f"memory ran out with {asked} conversations at once; the training goes on with {half}, and as many for "
-            "each optimizer step as before"
+    def _wait_for_room(self, error: Exception) -> None:
+        """Raises JobStopped, from `context.check`."""
+        seconds = self._settings.checkpoint_seconds
+        self._context.warn(
+            Reason.DISK_FULL.value, f"the job could not write its files ({error}); it tries again in {seconds:g} s"
         )
-        self._context.warn(Reason.OUT_OF_MEMORY.value, message)
-        return JobStopped(StopReason.RETRY, message)
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self._context.check()
+            time.sleep(min(left, _LOOK_SECONDS))
+
+    def _halved(self) -> str | None:
+        if not self._spec.auto_find_batch_size or not self._is_training:
+            return None
+        return halve_micro_batch(self._context.work_dir, self._spec)
 
     def _out_of_memory(self, error: Exception) -> KnowledgeEngineError:
         resident = psutil.Process().memory_info().rss

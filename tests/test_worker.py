@@ -15,10 +15,11 @@ import pytest
 
 from knowledge_engine.core import GenerationSpec, Job, JobKind, JobState, JobStopped, LogLine, StopReason, TrainingSpec
 from knowledge_engine.errors import KnowledgeEngineError, Reason
-from knowledge_engine.leftovers import CHECKPOINTS, clean_up, sweep_checkpoints
+from knowledge_engine.leftovers import clean_up, second_chance, sweep_checkpoints
 from knowledge_engine.processes import take_server_lock
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
+from knowledge_engine.training.plan import CHECKPOINTS
 from knowledge_engine.worker import Attempt
 
 PATIENCE = 60.0
@@ -201,6 +202,20 @@ def test_what_nobody_needs_goes_and_the_rest_stays(
     for _ in range(2):
         clean_up(settings, state, attempt.job.model_copy(update={"state": end}))
         assert {path.name for path in attempt.work_dir.iterdir()} == left
+
+
+def test_a_worker_that_the_kernel_killed_may_do_with_less_once(settings: Settings, state: State) -> None:
+    def job(**fields: object) -> Job:
+        spec = TrainingSpec.model_validate({"dataset": "d", "model": "m", "per_device_train_batch_size": 5} | fields)
+        return claimed(settings, state, spec).job
+
+    allowed = job(auto_find_batch_size=True)
+    message = second_chance(settings, allowed)
+    assert message is not None
+    assert "goes on with 2" in message
+    assert second_chance(settings, allowed) is None
+    assert second_chance(settings, job()) is None
+    assert second_chance(settings, job(auto_find_batch_size=True, per_device_train_batch_size=1)) is None
 
 
 def test_checkpoints_of_a_failed_job_are_not_kept_for_ever(settings: Settings, state: State) -> None:

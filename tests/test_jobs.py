@@ -481,7 +481,7 @@ async def test_a_job_of_a_worker_that_an_older_release_started_goes_on(
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
         state.request_cancel(job.id)
-    assert any("ended" in message for message in messages(state, job.id))
+    assert any("was away" in message for message in messages(state, job.id))
     state.close()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from knowledge_engine.bases import Base
 from knowledge_engine.core import HeldOutComparison, ModelVersion, Page, TrainingSpec
@@ -32,6 +32,11 @@ def publish(
 ) -> ModelVersion:
     content = save({"weights": np.frombuffer(weights, np.uint8)})
     return publish_content(registry, content, job_id, model, check)
+
+
+def weights_of(path: Path) -> bytes:
+    """What `publish` was given."""
+    return bytes(load_file(path)["weights"])
 
 
 def publish_content(

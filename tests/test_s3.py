@@ -62,7 +62,7 @@ from knowledge_engine.v1 import jobs_pb2, jobs_pb2_grpc, models_pb2, models_pb2_
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.running import end, is_serving, start, wait_until
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
-from tests.test_registry import publish
+from tests.test_registry import publish, weights_of
 
 WEIGHTS = "adapter_model.safetensors"
 FOLDER = "models/shop/1/"
@@ -114,7 +114,7 @@ def test_what_one_machine_publishes_the_other_serves(machines: Machines, seaweed
     assert files_of(b) == {"manifest.json"}  # facts need no weights
     b.verify("shop", 1)
     assert files_of(b) == {"manifest.json", WEIGHTS, "adapter_config.json"}
-    assert (b.folder("shop", 1) / WEIGHTS).read_bytes() == b"weights"
+    assert weights_of(b.folder("shop", 1) / WEIGHTS) == b"weights"
     assert {path.stat().st_mode & 0o777 for path in b.folder("shop", 1).iterdir()} == {0o600}
     second = publish(b, "job-2", weights=b"other")
     assert second.version == 2
@@ -196,7 +196,7 @@ def test_concurrent_publishers_get_different_numbers_and_overwrite_nothing(
     for version, job_id in taken.items():
         assert reader.get("shop", version).job_id == job_id
         reader.verify("shop", version)
-        assert (reader.folder("shop", version) / WEIGHTS).read_bytes() == job_id.removeprefix("job-").encode() * 100
+        assert weights_of(reader.folder("shop", version) / WEIGHTS) == job_id.removeprefix("job-").encode() * 100
         claim = json.loads(seaweed.read(bucket.name, f"models/shop/{version}/claim.json"))
         assert claim["job_id"] == job_id
 
@@ -325,7 +325,7 @@ def test_a_file_survives_a_bad_way(machines: Machines, proxy: FaultyProxy, kind:
     b.sync()
     proxy.faults = [Fault(kind, "GET", WEIGHTS, times=2)]
     b.verify("shop", 1)
-    assert (b.folder("shop", 1) / WEIGHTS).read_bytes() == b"weights"
+    assert weights_of(b.folder("shop", 1) / WEIGHTS) == b"weights"
 
 
 def test_a_damaged_copy_is_healed_and_that_is_said(
@@ -337,7 +337,7 @@ def test_a_damaged_copy_is_healed_and_that_is_said(
     b.verify("shop", 1)
     (b.folder("shop", 1) / WEIGHTS).write_bytes(b"weightz")
     b.verify("shop", 1)
-    assert (b.folder("shop", 1) / WEIGHTS).read_bytes() == b"weights"
+    assert weights_of(b.folder("shop", 1) / WEIGHTS) == b"weights"
     assert f"{WEIGHTS} of version 1 of model 'shop' has changed" in caplog.text
     (b.folder("shop", 1) / "manifest.json").write_bytes(b"{")
     assert machines("b").get("shop", 1) == b.get("shop", 1)
@@ -616,7 +616,7 @@ from knowledge_engine.registry import Registry
 from knowledge_engine.remote import Remote
 from knowledge_engine.settings import load_settings
 from knowledge_engine.storage import Bucket
-from tests.test_registry import publish
+from tests.test_registry import publish, weights_of
 publish(Registry(Path(sys.argv[1]), Remote(Bucket(load_settings(None)))), "job-2", weights=b"new")
 """
 
@@ -662,7 +662,7 @@ def test_a_killed_publisher_shows_old_or_new_and_goes_on_with_its_number(
     assert (seen.version, seen.digest) in {(1, reader.get("shop", 1).digest), (2, again.digest)}
     reader.sync()
     reader.verify("shop", 2)
-    assert (reader.folder("shop", 2) / WEIGHTS).read_bytes() == b"new"
+    assert weights_of(reader.folder("shop", 2) / WEIGHTS) == b"new"
     assert reader.get_model("shop").num_versions == 2
 
 
@@ -799,13 +799,13 @@ async def test_many_who_ask_for_one_version_wait_for_one_fetch(machines: Machine
     calls.pop().cancel()  # one who leaves ends nothing for the others
     await asyncio.gather(*calls)
     assert proxy.count("GET", WEIGHTS) == 2  # the one that stalled, and its repetition
-    assert (registry.folder("shop", 1) / WEIGHTS).read_bytes() == b"weights"
+    assert weights_of(registry.folder("shop", 1) / WEIGHTS) == b"weights"
     # Once is enough, until the engine finds that the files are not what they were.
     (registry.folder("shop", 1) / WEIGHTS).unlink()
     await servicer._verify(version)
     servicer._verified.clear()
     await servicer._verify(version)
-    assert (registry.folder("shop", 1) / WEIGHTS).read_bytes() == b"weights"
+    assert weights_of(registry.folder("shop", 1) / WEIGHTS) == b"weights"
 
 
 @pytest.mark.slow

@@ -328,28 +328,30 @@ def end_attempt(
         ConflictError: ATTEMPT_SUPERSEDED.
     """
     failpoint("finish.before")
-    left_as = attempt.end(lambda: _decide(attempt.job, outcome, state))
+    left = attempt.end(lambda: _decide(attempt.job, outcome, state))
     failpoint("finish.done")
-    if left_as is not None:
-        clean_up(settings, state, attempt.job.model_copy(update={"state": left_as}))
-    return left_as
+    if left is None:
+        return None
+    clean_up(settings, state, left)
+    return left.state
 
 
-def _decide(job: Job, outcome: JobResult | KnowledgeEngineError | JobStopped, state: State) -> JobState | None:
+def _decide(job: Job, outcome: JobResult | KnowledgeEngineError | JobStopped, state: State) -> Job | None:
+    """The job as this attempt leaves it."""
     if not isinstance(outcome, JobStopped):
-        return state.finish_attempt(job.id, job.attempt, outcome).state
+        return state.finish_attempt(job.id, job.attempt, outcome)
     match outcome.reason:
         case StopReason.SUPERSEDED:
             return None
         case StopReason.CANCELLED:
-            return state.finish_attempt(job.id, job.attempt, KnowledgeEngineError("cancelled")).state
+            return state.finish_attempt(job.id, job.attempt, KnowledgeEngineError("cancelled"))
         case StopReason.INTERRUPTED:
             message = "interrupted: its worker was asked to end"
         case StopReason.PAUSED:
             message = "put aside on request"
         case StopReason.RETRY:
             message = outcome.message
-    return state.abandon_attempt(job.id, job.attempt, message).state
+    return state.abandon_attempt(job.id, job.attempt, message)
 
 
 def tell_end(settings: Settings, job: Job) -> None:

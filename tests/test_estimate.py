@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -89,6 +92,13 @@ async def refusal(call: Callable[..., object], *arguments: object) -> KnowledgeE
 def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide and deep enough that a batch matters beside the libraries."""
     return build_random_llama(tmp_path_factory.mktemp("wide") / "base", **WIDE)
+
+
+def test_a_peak_is_that_of_the_process_and_not_of_who_started_it() -> None:
+    ballast = bytearray(os.urandom(2**10) * 300_000)  # 300 MB, resident
+    code = "from knowledge_engine.devices import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < len(ballast) < devices.peak_memory()
 
 
 async def test_an_estimate_comes_near_a_real_run_which_then_gives_the_rate(make_settings: Any) -> None:

@@ -1,13 +1,15 @@
-"""The devices of this machine: which there are, and how much memory of one the service may use.
+"""The devices of this machine: which there are, how much memory of one the service may use, and what a process took.
 
 No torch; the only user of pynvml.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +54,16 @@ def has_bfloat16() -> bool:
         return int(major) >= 8
     finally:
         pynvml.nvmlShutdown()
+
+
+def peak_memory() -> int:
+    """Bytes that this process had resident at most. The kernel's `ru_maxrss` will not do: it begins with what the
+    process that started this one had."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from knowledge_engine import devices
 from knowledge_engine.core import (
     Checkpoint,
     EventPayload,
@@ -385,7 +385,7 @@ def main() -> None:
         _LOG.warning("attempt %d of job %s is over", attempt_number, job_id)
     finally:
         state.close()
-    _LOG.info("peak memory %d MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    _LOG.info("peak memory %d MiB", devices.peak_memory() // 2**20)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from knowledge_engine import modeling
+from knowledge_engine import devices, modeling
 from knowledge_engine.bases import Base, describe_origin, prepare_base
 from knowledge_engine.core import (
     BASE,
@@ -146,7 +145,7 @@ def _obtain(
             shutil.copyfile(base.folder / name, folder / name)
     (folder / "chat_template.jinja").write_text(read_template(base.folder), encoding="utf-8")
     context.check()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = devices.peak_memory()
     trained = Trained(job_id=context.job.id, comparison=comparison, peak_memory_bytes=peak, **asdict(summary))
     return keep(settings, mark, folder, trained)
 

@@ -479,12 +479,16 @@ def test_the_token_goes_to_the_hub_alone_and_is_written_nowhere(
 
 
 def test_a_look_at_the_hub(fake: FakeHub, settings: Settings) -> None:
+    def asked(path: str) -> None:
+        deadline = time.monotonic() + 10  # the fake notes a request after it has answered
+        while not fake.requests or fake.requests[-1].path != path:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     probe(settings)
-    assert fake.requests[-1].path == "/api/whoami-v2"
+    asked("/api/whoami-v2")
     probe(settings.model_copy(update={"huggingface_token": None}))
-    deadline = time.monotonic() + 10  # the fake notes a request after it has answered
-    while fake.requests[-1].path != f"/api/models/{NAME}":
-        assert time.monotonic() < deadline
+    asked(f"/api/models/{NAME}")
     with pytest.raises(CredentialsError, match="KNOWLEDGE_HUGGINGFACE_TOKEN") as caught:
         probe(settings.model_copy(update={"huggingface_token": SecretStr("hf_old")}))
     assert caught.value.reason is Reason.UPSTREAM_CREDENTIALS

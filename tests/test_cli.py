@@ -389,8 +389,11 @@ def test_a_watch_waits_for_a_paused_job_over_a_kill_of_the_server(service: Servi
         assert read("jobs", "show", job)["state"] == "PAUSED"
         assert read("jobs", "resume", job)["state"] in ("QUEUED", "RUNNING")
         call("jobs", "cancel", job, "--yes")
-        rest, talk = reading.communicate(timeout=90)
-        _, told = following.communicate(timeout=90)
+        assert reading.stderr is not None
+        # Not `communicate`: it would miss what was read ahead with the first line.
+        rest, talk, told = reading.stdout.read(), reading.stderr.read(), following.stderr.read()
+        for watching in (following, reading):
+            watching.wait(90)
     finally:
         for watching in (following, reading):
             watching.kill()

@@ -119,9 +119,7 @@ async def test_an_estimate_comes_near_a_real_run_which_then_gives_the_rate(make_
         assert isinstance(job.result, TrainingResult), job.error
         assert (estimate.num_steps, estimate.num_tokens) == (job.result.num_steps, job.result.num_tokens)
         if estimate.device == devices.CPU:
-            assert estimate.memory.expected_bytes == pytest.approx(
-                job.result.peak_memory_bytes, rel=0.25
-            )  # of so little, libraries are most
+            assert estimate.memory.expected_bytes == pytest.approx(job.result.peak_memory_bytes, rel=0.15)
 
         again = await asyncio.to_thread(client.estimate_training, asked)
         assert again.training_seconds == pytest.approx(job.result.training_seconds, rel=0.01)

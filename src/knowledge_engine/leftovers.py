@@ -16,9 +16,8 @@ from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.training.plan import CHECKPOINTS, halve_micro_batch
-from knowledge_engine.training.publishing import drop_kept
+from knowledge_engine.training.publishing import KEPT_FOR, drop_kept
 
-KEPT_FOR = timedelta(days=30)
 _DEATHS = {Reason.WORKER_CRASHED, Reason.OUT_OF_MEMORY}
 
 _LOG = logging.getLogger(__name__)

@@ -188,7 +188,7 @@ def publish_patiently(
                         error.reason.value,
                         f"{error.message}; publishing is tried again for {settings.s3_patience_seconds:g} s",
                     )
-                _wait(delay, context.check)
+                wait(delay, context.check)
                 delay = min(2 * delay, _MAX_DELAY_SECONDS)
             else:
                 if registry.has_bucket:
@@ -212,7 +212,7 @@ def _with_consolation(error: KnowledgeEngineError) -> KnowledgeEngineError:
     return from_dict(error.to_dict() | {"message": message})
 
 
-def _wait(seconds: float, check: Callable[[], None]) -> None:
+def wait(seconds: float, check: Callable[[], None]) -> None:
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         check()

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from knowledge_engine.files import read_json, replace_durably
 from knowledge_engine.modeling import is_out_of_memory
 from knowledge_engine.settings import Settings
 from knowledge_engine.training.plan import CHECKPOINTS, halve_micro_batch, read_micro_batch
+from knowledge_engine.training.publishing import wait
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries written in Rust say it
@@ -50,7 +50,6 @@ def disk_full(error: BaseException, folder: Path, what: str) -> CapacityError:
 
 _WAITS = "disk_full.json"
 _MAX_WAITS = 3
-_LOOK_SECONDS = 0.2
 
 
 class Shortages:
@@ -128,10 +127,7 @@ class Shortages:
         self._context.warn(
             Reason.DISK_FULL.value, f"the job could not write its files ({error}); it tries again in {seconds:g} s"
         )
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            self._context.check()
-            time.sleep(min(left, _LOOK_SECONDS))
+        wait(seconds, self._context.check)
 
     def _halved(self) -> str | None:
         if not self._spec.auto_find_batch_size or not self._is_training:

@@ -83,9 +83,11 @@ class Calls:
         self.server: Backend = request.app.state.backend
         self._timeout = self.server.settings.request_timeout_seconds
 
-    async def unary(self, method: grpc.aio.UnaryUnaryMultiCallable[_Q, _A], message: _Q) -> _A:
+    async def unary(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[_Q, _A], message: _Q, *, deadline: bool = True
+    ) -> _A:
         """One answer, or the call's AioRpcError."""
-        call = method(message, timeout=self._timeout, metadata=self.metadata)
+        call = method(message, timeout=self._timeout if deadline else None, metadata=self.metadata)
         async with self.alive(call):
             return await call
 

@@ -59,6 +59,7 @@ class FieldViolation(BaseModel):
 
     field: str = Field(description="Path of the field, such as `training_config.epochs`; empty for the whole.")
     description: str = Field(description="What is wrong with it.")
+    reason: str = Field("", description="A stable code, such as `ROLE_UNKNOWN` of a dataset's row; mostly empty.")
 
 
 class Failure(BaseModel):
@@ -142,7 +143,7 @@ def failure_of(status: status_pb2.Status) -> Failure:
         detail=detail_text,
         metadata=dict(info.metadata),
         violations=[
-            FieldViolation(field=item.field, description=item.description)
+            FieldViolation(field=item.field, description=item.description, reason=item.reason)
             for item in bad_request.field_violations[:MAX_VIOLATIONS]
         ],
     )

@@ -23,6 +23,8 @@ class LoraConfig(BaseModel):
     alpha: int | None
     dropout: float | None
     target_modules: list[str]
+    use_rslora: bool | None
+    use_dora: bool | None
 
 
 class TrainingSpec(BaseModel):
@@ -49,6 +51,15 @@ class TrainingSpec(BaseModel):
     seed: int | None
     save_steps: int | None
     auto_find_batch_size: bool | None
+    split_by: Literal["conversation", "product"] | None
+    truncation: Literal["error", "drop", "keep_last_turns"] | None
+    eval_dataset: str | None
+    method: Literal["sft", "dpo"] | None
+    beta: float | None
+    start_from: str | None = Field(description="The version it went on from, `name:version`.")
+    load_best_model_at_end: bool | None
+    early_stopping_patience: int | None
+    neftune_noise_alpha: float | None
 
 
 class GenerationSpec(BaseModel):
@@ -86,6 +97,7 @@ class TrainingResult(BaseModel):
     tokens_per_second: float | None
     training_time_seconds: float | None
     peak_memory_bytes: int
+    published_step: int = Field(description="The step whose weights were published.")
 
 
 class GenerationUsage(BaseModel):
@@ -212,13 +224,102 @@ class Dataset(BaseModel):
     """A named, immutable set of rows."""
 
     id: str | None
-    kind: Literal["conversations", "catalogue"] | None
+    kind: Literal["conversations", "catalogue", "preferences", "evaluation"] | None
     digest: str
     num_rows: int
     size_bytes: int
     create_time: Time | None
     parents: list[str]
     job_id: str | None
+
+
+class PreviewedToken(BaseModel):
+    """One token of a row."""
+
+    id: int
+    text: str
+    is_trained: bool
+    is_control: bool
+
+
+class PreviewedAnswer(BaseModel):
+    """A preference's prompt with its rejected answer."""
+
+    text: str
+    tokens: list[PreviewedToken]
+    num_trained_tokens: int
+
+
+class PreviewedRow(BaseModel):
+    """A row as a training would see it."""
+
+    row: int = Field(description="Counted from 1.")
+    text: str
+    tokens: list[PreviewedToken]
+    num_trained_tokens: int
+    problem: str = Field(description="Why a training would refuse it; empty when it would not.")
+    change: str = Field(description="What truncation does to it; empty for nothing.")
+    rejected: PreviewedAnswer | None = Field(
+        description="Of a preference, the prompt with the rejected answer; the row itself shows the chosen one."
+    )
+
+
+class TokenLengths(BaseModel):
+    """Lengths in tokens."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+    mean: float | None
+
+
+class LengthBin(BaseModel):
+    """Rows of one range of lengths."""
+
+    max_tokens: int = Field(description="The longest of the range.")
+    num_rows: int
+
+
+class NearDuplicate(BaseModel):
+    """A row that says what an earlier one says."""
+
+    row: int
+    of_row: int
+
+
+class PreviewIssue(BaseModel):
+    """A row and what is wrong with it, or done to it."""
+
+    row: int = Field(description="Counted from 1.")
+    problem: str
+
+
+class DatasetPreview(BaseModel):
+    """What becomes of all rows of a dataset."""
+
+    num_rows: int
+    num_tokens: int
+    num_trained_tokens: int
+    lengths: TokenLengths | None
+    num_issues: int
+    issues: list[PreviewIssue] = Field(description="The first 1000 of them.")
+    num_changes: int = Field(description="Rows that truncation shortens or drops.")
+    changes: list[PreviewIssue] = Field(description="The first 1000 of them.")
+    num_messages: dict[str, int] = Field(description="Messages of all rows, by role.")
+    num_learned_messages: int
+    num_near_duplicates: int = Field(description="Rows that say the same as an earlier one, or nearly.")
+    near_duplicates: list[NearDuplicate] = Field(description="The first 1000 of them.")
+    length_bins: list[LengthBin] = Field(description="How many rows have how many tokens, shortest first.")
+
+
+class PreviewPage(BaseModel):
+    """Rows in the order of the dataset."""
+
+    rows: list[PreviewedRow]
+    next_page_token: str = Field(description="Empty on the last page.")
+    dataset: DatasetPreview | None
+    chat_template_digest: str
 
 
 class ModelVersion(BaseModel):
@@ -238,6 +339,8 @@ class ModelVersion(BaseModel):
     create_time: Time | None
     base_source: str = Field(description="The name that base goes by everywhere.")
     base_revision: str = Field(description="The commit of a base from the model hub; empty for others.")
+    eval_dataset_digest: str = Field(description="What it was measured on; empty where that was held out.")
+    start_from_digest: str = Field(description="The version that it went on from; empty for the base.")
 
 
 class Model(BaseModel):
@@ -247,6 +350,18 @@ class Model(BaseModel):
     create_time: Time | None
     latest_version: ModelVersion | None
     num_versions: int
+
+
+class Export(BaseModel):
+    """A version merged into its base."""
+
+    folder: str = Field(description="Where it lies in the service's data directory.")
+    version_digest: str
+    precision: str
+    size_bytes: int
+    num_tokens: int = Field(description="Tokens of the conversations on which it was compared.")
+    num_same: int = Field(description="Those after which both find the same token likeliest.")
+    max_difference: float | None = Field(description="Largest difference of a log-probability, in nats.")
 
 
 class JobPage(BaseModel):
@@ -289,6 +404,13 @@ MIRRORS: Mapping[type[BaseModel], Descriptor] = {
     Checkpoint: jobs_pb2.JobEvent.Checkpoint.DESCRIPTOR,
     JobEvent: jobs_pb2.JobEvent.DESCRIPTOR,
     Dataset: datasets_pb2.Dataset.DESCRIPTOR,
+    PreviewedToken: datasets_pb2.PreviewedRow.Token.DESCRIPTOR,
+    PreviewedAnswer: datasets_pb2.PreviewedRow.Answer.DESCRIPTOR,
+    PreviewedRow: datasets_pb2.PreviewedRow.DESCRIPTOR,
+    TokenLengths: datasets_pb2.DatasetPreview.TokenLengths.DESCRIPTOR,
+    PreviewIssue: datasets_pb2.DatasetPreview.Issue.DESCRIPTOR,
+    DatasetPreview: datasets_pb2.DatasetPreview.DESCRIPTOR,
+    PreviewPage: datasets_pb2.PreviewDatasetResponse.DESCRIPTOR,
     ModelVersion: models_pb2.ModelVersion.DESCRIPTOR,
     Model: models_pb2.Model.DESCRIPTOR,
     JobPage: jobs_pb2.ListJobsResponse.DESCRIPTOR,

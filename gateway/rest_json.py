@@ -23,7 +23,9 @@ _TIMESTAMP = Timestamp.DESCRIPTOR.full_name
 _STATUS = Status.DESCRIPTOR.full_name
 _RENAMED = {"name": "id", "job": "job_id"}
 _COLLECTIONS = ("jobs/", "datasets/", "models/")
-_RESOURCE_FIELDS = frozenset({"name", "job", "dataset", "model", "catalogue", "model_version"})
+_RESOURCE_FIELDS = frozenset(
+    {"name", "job", "dataset", "model", "catalogue", "model_version", "eval_dataset", "start_from"}
+)
 # The one enum that is upper case everywhere; the others are words that requests carry in lower case.
 _UPPER_CASE = "knowledge_engine.v1.JobState"
 
@@ -70,6 +72,12 @@ def enum_word(descriptor: EnumDescriptor, number: int) -> str | None:
         return None
     word = value.name.removeprefix(descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED"))
     return word if descriptor.full_name == _UPPER_CASE else word.lower()
+
+
+def enum_number(descriptor: EnumDescriptor, word: str) -> int:
+    """The inverse of `enum_word`, for a word that was checked."""
+    prefix = descriptor.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return descriptor.values_by_name[f"{prefix}{word.upper()}"].number
 
 
 def _field(message: Message, field: FieldDescriptor) -> Any:

@@ -16,12 +16,12 @@ from gateway import original, resources, schemas, specs
 from gateway.backend import Call, Calls
 from gateway.openapi import JSON_BODY, AnyModel, errors, rpc
 from gateway.problems import ProblemError
-from gateway.rest_json import plain_id, to_json
+from gateway.rest_json import enum_number, plain_id, to_json
 from gateway.sse import Event, EventStream, frames
 from gateway.strict import StrictRoute
 from gateway.uploads import UPLOAD_BODY, upload
 from knowledge_engine.errors import Reason
-from knowledge_engine.v1 import datasets_pb2, jobs_pb2, models_pb2
+from knowledge_engine.v1 import datasets_pb2, jobs_pb2, models_pb2, training_pb2
 
 router = APIRouter(prefix="/api/v1", route_class=StrictRoute)
 
@@ -240,10 +240,16 @@ async def upload_dataset(
     request: Request,
     calls: Call,
     name: Annotated[str, Query(min_length=1, max_length=1024, description="The dataset's name.")],
-    kind: Annotated[Literal["conversations", "catalogue"], Query(description="What the rows are.")],
+    kind: Annotated[
+        Literal["conversations", "catalogue", "preferences", "evaluation"], Query(description="What the rows are.")
+    ],
     layout: Annotated[
-        Literal["jsonl", "csv"] | None,
-        Query(alias="format", description="As the Content-Type says: `application/x-ndjson` or `text/csv`."),
+        Literal["jsonl", "csv", "sharegpt", "alpaca"] | None,
+        Query(
+            alias="format",
+            description="When absent as the Content-Type says: `csv` for `text/csv`, else `jsonl`. `sharegpt` and "
+            "`alpaca` come as `application/json` or `application/x-ndjson`.",
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """Stores a dataset from the raw body, which is checked row by row as it streams in; at most 2 GiB."""
@@ -290,6 +296,41 @@ async def delete_dataset(dataset: Id, calls: Call) -> Response:
     message = datasets_pb2.DeleteDatasetRequest(name=f"datasets/{dataset}")
     await calls.unary(calls.server.datasets.DeleteDataset, message)
     return Response(status_code=204)
+
+
+@router.get(
+    "/datasets/{id}/preview",
+    response_model=resources.PreviewPage,
+    responses=errors(404),
+    openapi_extra=rpc("DatasetService.PreviewDataset"),
+    tags=["data"],
+)
+async def preview_dataset(
+    dataset: Id,
+    calls: Call,
+    base_model: Annotated[str, Query(max_length=1024, description="`base` when absent.")] = "",
+    max_length: Annotated[
+        int | None, Query(ge=16, le=131_072, description="Longest conversation in tokens; longer ones are named.")
+    ] = None,
+    truncation: Annotated[
+        Literal["error", "drop", "keep_last_turns"], Query(description="What becomes of longer ones.")
+    ] = "error",
+    skip: Annotated[int, Query(ge=0, le=_MAX_SEQUENCE, description="Rows to leave out before the first.")] = 0,
+    page_size: Annotated[int, Query(ge=0, le=100, description="Rows on a page; 10 when 0 or absent.")] = 0,
+    page_token: PageToken = "",
+) -> dict[str, Any]:
+    """Shows what a base's chat template makes of conversations, and which of their tokens would be trained."""
+    message = datasets_pb2.PreviewDatasetRequest(
+        name=f"datasets/{dataset}",
+        base_model=base_model,
+        max_length=max_length,
+        truncation=enum_number(training_pb2.Truncation.DESCRIPTOR, truncation),  # type: ignore[arg-type]
+        skip=skip,
+        page_size=page_size,
+        page_token=page_token,
+    )
+    answer = await calls.unary(calls.server.datasets.PreviewDataset, message)
+    return to_json(answer)
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -365,6 +406,19 @@ async def list_model_versions(
 async def get_model_version(model: Id, number: VersionNumber, calls: Call) -> dict[str, Any]:
     """Returns one version."""
     return to_json(await _get_version(calls, f"models/{model}/versions/{number}"))
+
+
+@router.post(
+    "/models/{id}/versions/{n}/export",
+    response_model=resources.Export,
+    responses=errors(404),
+    openapi_extra=rpc("ModelService.ExportModelVersion"),
+    tags=["models"],
+)
+async def export_model_version(model: Id, number: VersionNumber, calls: Call) -> dict[str, Any]:
+    """Merges a version into its base, in the service's data directory; answers when it is there and checked."""
+    message = models_pb2.ExportModelVersionRequest(name=f"models/{model}/versions/{number}")
+    return to_json((await calls.unary(calls.server.models.ExportModelVersion, message, deadline=False)).export)
 
 
 @router.delete(

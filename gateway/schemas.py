@@ -38,6 +38,8 @@ class LoraSettings(Strict):
     target_modules: list[Annotated[str, Field(min_length=1, max_length=128)]] = Field(
         [], max_length=64, description="Linear modules to adapt; all but the head when empty."
     )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).")
+    use_dora: bool = Field(False, description="Learn lengths apart from directions (arXiv 2402.09353).")
 
 
 class TrainingConfig(Strict):
@@ -45,7 +47,7 @@ class TrainingConfig(Strict):
 
     epochs: int = Field(3, ge=1, le=50, description="Passes over the training set; refused beside `max_steps`.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
-    batch_size: int = Field(1, ge=1, le=32, description="Conversations in one forward pass.")
+    batch_size: int = Field(1, ge=1, le=32, description="Conversations in one forward pass at most.")
     max_length: int = Field(
         2048,
         ge=512,
@@ -60,7 +62,25 @@ class TrainingConfig(Strict):
     max_grad_norm: float = Field(1.0, ge=0, description="The gradient norm is clipped to this; 0 turns it off.")
     max_steps: int | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of `epochs`.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=256, description="Forward passes in one optimizer step.")
-    eval_split: float = Field(0.1, ge=0, le=0.5, description="Share of the conversations held out; 0 holds out none.")
+    method: Literal["sft", "dpo"] = Field("sft", description="Supervised, or on preferences (arXiv 2305.18290).")
+    beta: float | None = Field(None, gt=0, le=10, description="DPO: how closely it stays to the base; 0.1 when absent.")
+    start_from: str | None = Field(
+        None, min_length=1, max_length=128, description="The version to go on from, `name:version`."
+    )
+    truncation: Literal["error", "drop", "keep_last_turns"] = Field(
+        "error", description="What becomes of longer conversations."
+    )
+    eval_dataset: ResourceId | None = Field(None, description="An evaluation to evaluate on, instead of `eval_split`.")
+    eval_split: float = Field(
+        0.1, ge=0, le=0.5, description="Share of the conversations held out; 0 holds out none, as does `eval_dataset`."
+    )
+    split_by: Literal["conversation", "product"] = Field(
+        "conversation", description="What must not be on both sides: near-duplicates, or products as well."
+    )
+    load_best_model_at_end: bool = Field(False, description="Publish the step with the lowest evaluation loss.")
+    early_stopping_patience: int = Field(
+        0, ge=0, le=1000, description="Stop after so many evaluations without a new lowest loss; 0 never."
+    )
     eval_steps: int = Field(0, ge=0, le=1_000_000, description="Evaluate every so many steps; 0 only at the end.")
     logging_steps: int = Field(1, ge=1, le=10_000, description="Report progress every so many steps.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of split, order, initialisation and dropout.")
@@ -72,6 +92,9 @@ class TrainingConfig(Strict):
     )
     auto_find_batch_size: bool = Field(
         False, description="When memory runs out go on once with half of `batch_size` and twice the accumulation."
+    )
+    neftune_noise_alpha: float = Field(
+        0.0, ge=0, le=100, description="Noise on the embeddings while training (arXiv 2310.05914); 0 adds none."
     )
 
 
@@ -196,12 +219,21 @@ class FittingConfig(BaseModel):
     max_grad_norm: float | None = None
     max_steps: int | None = None
     gradient_accumulation_steps: int | None = None
+    method: Literal["sft", "dpo"] | None = None
+    beta: float | None = None
+    start_from: str | None = None
+    truncation: Literal["error", "drop", "keep_last_turns"] | None = None
+    eval_dataset: str | None = None
     eval_split: float | None = None
+    split_by: Literal["conversation", "product"] | None = None
+    load_best_model_at_end: bool | None = None
+    early_stopping_patience: int | None = None
     eval_steps: int | None = None
     logging_steps: int | None = None
     seed: int | None = None
     save_steps: int | None = None
     auto_find_batch_size: bool | None = None
+    neftune_noise_alpha: float | None = None
 
 
 class TrainEstimateResponse(BaseModel):

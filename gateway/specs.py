@@ -9,6 +9,7 @@ from google.protobuf import struct_pb2
 
 from gateway import schemas
 from gateway.problems import unprocessable
+from gateway.rest_json import enum_number
 from gateway.strict import MAX_INTEGER
 from knowledge_engine.v1 import datasets_pb2, generation_pb2, inference_pb2, training_pb2
 
@@ -29,8 +30,13 @@ def training_spec(body: schemas.TrainRequest) -> training_pb2.TrainingSpec:
     lora = values.pop("lora", None)
     if lora is not None:
         spec.lora.CopyFrom(training_pb2.LoraConfig(**lora))
-    if scheduler := values.pop("lr_scheduler_type", None):
-        spec.lr_scheduler_type = training_pb2.LrSchedulerType.Value(f"LR_SCHEDULER_TYPE_{scheduler.upper()}")
+    for field in spec.DESCRIPTOR.fields:
+        if field.enum_type is not None and field.name in values:
+            values[field.name] = enum_number(field.enum_type, values[field.name])
+    if "eval_dataset" in values:
+        values["eval_dataset"] = f"datasets/{values['eval_dataset']}"
+    if "start_from" in values:
+        values["start_from"] = model_name(values["start_from"])
     for name, value in values.items():
         setattr(spec, CONTRACT_NAMES.get(name, name), value)
     return spec
@@ -39,9 +45,9 @@ def training_spec(body: schemas.TrainRequest) -> training_pb2.TrainingSpec:
 def generation_spec(body: schemas.GenerateDataRequest) -> generation_pb2.GenerationSpec:
     values = body.model_dump(include={"difficulty_level", "include_product_data", "seed"}, exclude_unset=True)
     if level := values.pop("difficulty_level", None):
-        values["difficulty_level"] = generation_pb2.DifficultyLevel.Value(f"DIFFICULTY_LEVEL_{level.upper()}")
+        values["difficulty_level"] = enum_number(generation_pb2.DifficultyLevel.DESCRIPTOR, level)
     if body.provider is not None:
-        values["provider"] = generation_pb2.GenerationProvider.Value(f"GENERATION_PROVIDER_{body.provider.upper()}")
+        values["provider"] = enum_number(generation_pb2.GenerationProvider.DESCRIPTOR, body.provider)
     return generation_pb2.GenerationSpec(
         catalogue=f"datasets/{body.catalogue}" if body.catalogue is not None else "",
         dataset=f"datasets/{body.dataset_name}" if body.dataset_name is not None else "",
@@ -67,8 +73,8 @@ def generation_input(model_id: str, body: schemas.InferenceRequest) -> inference
 def upload_metadata(name: str, kind: str, format_: str) -> datasets_pb2.UploadDatasetMetadata:
     return datasets_pb2.UploadDatasetMetadata(
         name=f"datasets/{name}",
-        kind=datasets_pb2.DatasetKind.Value(f"DATASET_KIND_{kind.upper()}"),
-        format=datasets_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format_.upper()}"),
+        kind=enum_number(datasets_pb2.DatasetKind.DESCRIPTOR, kind),  # type: ignore[arg-type]
+        format=enum_number(datasets_pb2.DatasetFormat.DESCRIPTOR, format_),  # type: ignore[arg-type]
     )
 
 

@@ -21,11 +21,18 @@ _CHUNK_BYTES = 2**20
 _REFUSAL_SECONDS = 5.0
 # The status of this call, too, can be lost.
 _REFUSAL_ATTEMPTS = 5
-_LAYOUTS = {"application/x-ndjson": "jsonl", "text/csv": "csv"}
+_LAYOUTS = {
+    "application/x-ndjson": ("jsonl", "sharegpt", "alpaca"),
+    "application/json": ("sharegpt", "alpaca"),
+    "text/csv": ("csv",),
+}
+"""What may come as which Content-Type."""
+_IMPLIED = {"application/x-ndjson": "jsonl", "text/csv": "csv"}
+"""What a Content-Type means where no format is named; JSON alone says too little."""
 
 UPLOAD_BODY: dict[str, Any] = {
     "required": True,
-    "description": "The rows: one JSON object a line, or CSV with a header line.",
+    "description": "The rows: one JSON object a line, CSV with a header line, or one JSON array of ShareGPT or Alpaca.",
     "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in _LAYOUTS},
 }
 
@@ -38,11 +45,15 @@ async def upload(request: Request, calls: Calls, name: str, kind: str, layout: s
     Raises:
         ProblemError: 413 beyond 2 GiB, 415 and 422 for a Content-Type that is unknown or contradicts `layout`.
     """
-    declared = _LAYOUTS.get(media_type(request.headers.get("content-type", "")))
-    if declared is None:
+    content_type = media_type(request.headers.get("content-type", ""))
+    known = _LAYOUTS.get(content_type)
+    if known is None:
         raise unsupported_media_type(*_LAYOUTS)
-    if layout not in (None, declared):
-        raise unprocessable([("format", f"the Content-Type says {declared}")])
+    declared = layout or _IMPLIED.get(content_type)
+    if declared is None:
+        raise unprocessable([("format", f"say which it is: {' or '.join(known)}")])
+    if declared not in known:
+        raise unprocessable([("format", f"the Content-Type says {' or '.join(known)}")])
     if declared_length(request) > MAX_UPLOAD_BYTES:
         raise too_large("the upload", MAX_UPLOAD_BYTES, Reason.DATASET_TOO_LARGE)
     metadata = datasets_pb2.UploadDatasetRequest(metadata=specs.upload_metadata(name, kind, declared))

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: a random one, which is printed first")
     parser.add_argument("--round", type=int, default=None, help="only this round")
     parser.add_argument("--seconds", type=float, default=40, help="of traffic and faults in a round (default 40)")
+    parser.add_argument("--clients", type=int, default=4, help="that call at the same time (default 4)")
     parser.add_argument("--trainings", type=int, default=4, help="in a round, at most; 0 needs no torch (default 4)")
     parser.add_argument("--keep", type=Path, default=None, help="folder for what the rounds leave; default: none")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -47,7 +48,7 @@ async def _soak(arguments: argparse.Namespace, seed: int, folder: Path) -> int:
     began = time.monotonic()
     base = build_tiny_base(folder / "base")
     twins = await train_twins(folder / "twins", base) if arguments.trainings else {}
-    traffic = Traffic(seconds=arguments.seconds, trainings=arguments.trainings)
+    traffic = Traffic(seconds=arguments.seconds, clients=arguments.clients, trainings=arguments.trainings)
     faults: Counter[str] = Counter()
     states: Counter[str] = Counter()
     rounds = calls = events = num_violations = 0

@@ -11,9 +11,10 @@ import grpc
 import pytest
 
 from knowledge_engine.bases import prepare_base
+from knowledge_engine.server.app import RunningServer
 from knowledge_engine.settings import Settings
 from knowledge_engine.v1 import datasets_pb2, datasets_pb2_grpc, jobs_pb2, jobs_pb2_grpc, training_pb2
-from tests.test_server import CONVERSATION, details, refused, upload
+from tests.test_server import CONVERSATION, UPLOAD, details, refused, refused_stream, upload
 
 GOOD = CONVERSATION.encode() + b"\n"
 TALKS = datasets_pb2.DATASET_KIND_CONVERSATIONS
@@ -48,23 +49,27 @@ def _talk(content: str) -> bytes:
     ],
 )  # fmt: skip
 async def test_a_bad_line_is_refused_by_its_number(
-    channel: grpc.aio.Channel, kind: datasets_pb2.DatasetKind.ValueType, content: bytes, line: int, sentence: str
+    channel: grpc.aio.Channel,
+    server: RunningServer,
+    kind: datasets_pb2.DatasetKind.ValueType,
+    content: bytes,
+    line: int,
+    sentence: str,
 ) -> None:
     stub = datasets_pb2_grpc.DatasetServiceStub(channel)
     pieces = [content[at : at + 2**20] for at in range(0, len(content), 2**20)]
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.UploadDataset(upload("datasets/bad", *pieces, kind=kind))
-    info, fields = details(caught.value)
-    assert (caught.value.code(), info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "DATASET_FORMAT_INVALID")
+    error = await refused_stream(server, UPLOAD, upload("datasets/bad", *pieces, kind=kind))
+    info, fields = details(error)
+    assert (error.code(), info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "DATASET_FORMAT_INVALID")
     assert fields[0] == f"line {line}"
-    assert sentence in (caught.value.details() or "")
+    assert sentence in (error.details() or "")
     assert not (await stub.ListDatasets(datasets_pb2.ListDatasetsRequest())).datasets
 
 
 @pytest.mark.parametrize(
     ("content", "fields", "reason"),
     [
-        (GOOD, {"eval_split": 0.1}, "SPEC_INVALID"),  # one row, and one to be held out
+        (GOOD, {"eval_split": 0.1}, "SPLIT_IMPOSSIBLE"),  # one row, and one to be held out
         (PRODUCT, {}, "DATASET_KIND_WRONG"),
     ],
     ids=["one row", "a catalogue"],

@@ -168,6 +168,7 @@ def test_topics_look_at_category_title_brand_and_attributes() -> None:
         ("it costs 129.", [("129", None)]),
         ("it costs 49.90 EUR", [("49.90", "EUR")]),
         ("ten euros", [(None, "EUR")]),
+        ("3.475 KWD, or KWD 1,250.500, not 3.475 EUR", [("3.475", "KWD"), ("1250.500", "KWD"), ("3475", "EUR")]),
         ("1.75 L, 2.40 m, 20,000 mAh, 4 people, USB 129, version 2.5.1", []),
     ],
 )

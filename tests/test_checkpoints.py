@@ -77,6 +77,7 @@ SEVERAL = {
     "max_steps": 6,
     "eval_steps": 2,
     "use_qlora": False,
+    "neftune_noise_alpha": 5,
 }
 """Nine examples: five batches, three windows and an uneven last one in an epoch; the run takes two epochs."""
 
@@ -125,7 +126,7 @@ class Run:
         folder = self.work_dir / FOLDER / f"step-{self.spec.max_steps:08d}"
         progress = json.loads((folder / "progress.json").read_bytes())
         assert progress["position"].pop("seconds") > 0
-        del progress["position"]["untold"]  # a pause in the evaluation of the last step
+        del progress["position"]["untold"], progress["position"]["selection"]  # a pause in the last step's evaluation
         return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}, progress
 
 
@@ -423,6 +424,20 @@ def test_other_libraries_are_a_warning(tmp_path: Path, monkeypatch: pytest.Monke
     assert "torch" in message
 
 
+def test_another_number_of_threads_is_a_warning(tmp_path: Path) -> None:
+    _saved(tmp_path, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        context = FakeContext(tmp_path)
+        assert Toy().resume(_store(context)).step == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert [(reason, "threads changed" in message) for reason, message in context.warnings] == [
+        (ENVIRONMENT_CHANGED, True)
+    ]
+
+
 def test_an_attempt_that_was_declared_dead_writes_nothing(tmp_path: Path) -> None:
     old, toy = FakeContext(tmp_path), Toy()
     old.job = old.job.model_copy(update={"attempt": 1})
@@ -500,11 +515,11 @@ def twin(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Base]) -> tu
     "place",
     [
         "checkpoint.file@9",
-        "training.batch@10",
         *(
             pytest.param(place, marks=pytest.mark.slow)
             for place in (
                 "training.batch@1",
+                "training.batch@10",
                 "training.step@1",
                 "training.step@4",
                 "checkpoint.begin@1",
@@ -686,7 +701,7 @@ def test_too_little_memory_is_told_with_figures_and_advice(
     assert caught.value.reason is Reason.OUT_OF_MEMORY
     assert advice in caught.value.message
     assert int(caught.value.metadata["longest_row"]) > 10
-    assert int(caught.value.metadata["resident_bytes"]) > 10**8
+    assert int(caught.value.metadata["held_bytes"]) > 10**8
 
 
 def test_too_little_memory_to_go_on_is_told(workshop: Workshop, fail_at: Callable[[str], None]) -> None:

@@ -15,7 +15,14 @@ TRAINING: dict[str, Any] = {
     "dataset": "datasets/d",
     "model": "models/m",
     "use_qlora": False,
-    "lora": {"rank": 4, "alpha": 8, "dropout": 0.25, "target_modules": ["q_proj", "v_proj"]},
+    "lora": {
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.25,
+        "target_modules": ["q_proj", "v_proj"],
+        "use_rslora": True,
+        "use_dora": True,
+    },
     "learning_rate": 0.001,
     "lr_scheduler_type": "LR_SCHEDULER_TYPE_COSINE",
     "warmup_ratio": 0.125,
@@ -26,11 +33,17 @@ TRAINING: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "max_length": 128,
     "eval_split": 0.25,
+    "split_by": "SPLIT_BY_PRODUCT",
+    "truncation": "TRUNCATION_DROP",
+    "start_from": "models/m/versions/3",
+    "load_best_model_at_end": True,
+    "early_stopping_patience": 2,
     "eval_steps": 5,
     "logging_steps": 4,
     "seed": 11,
     "save_steps": 6,
     "auto_find_batch_size": True,
+    "neftune_noise_alpha": 2.5,
 }
 GENERATION: dict[str, Any] = {
     "catalogue": "datasets/c",
@@ -49,15 +62,65 @@ def training(**changes: Any) -> training_pb2.TrainingSpec:
 
 
 def test_a_training_spec_comes_back_as_it_went() -> None:
-    proto = training()
-    assert convert.training_spec_proto(convert.training_spec(proto)) == proto
-    # Every field of the contract is in the sample, so none can be forgotten here.
-    assert {field.name for field, _ in proto.ListFields()} == (
-        {field.name for field in proto.DESCRIPTOR.fields} - {"num_train_epochs"}
-    )
+    protos = [
+        training(),
+        training(max_steps=None, num_train_epochs=2.0, eval_split=0.0, split_by="SPLIT_BY_CONVERSATION",
+                 eval_dataset="datasets/exam", method="TRAINING_METHOD_SFT"),
+        training(split_by="SPLIT_BY_CONVERSATION", method="TRAINING_METHOD_DPO", beta=0.25),
+    ]  # fmt: skip
+    named: set[str] = set()
+    for proto in protos:
+        back = convert.training_spec_proto(convert.training_spec(proto))
+        proto.method = proto.method or training_pb2.TRAINING_METHOD_SFT
+        assert back == proto
+        named |= {field.name for field, _ in proto.ListFields()}
+    # Every field of the contract is in a sample, so none can be forgotten here.
+    assert named == {field.name for field in training_pb2.TrainingSpec.DESCRIPTOR.fields}
 
 
-MUTATIONS: dict[str, Any] = {"base_model": "other", "dataset": "datasets/e", "model": "models/n", "max_steps": 8}
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_dataset": "datasets/exam"}, "set eval_dataset or eval_split, not both"),
+        ({"beta": 0.5}, "beta is for method dpo"),
+        ({"method": "TRAINING_METHOD_DPO"}, "near-duplicates on one side"),  # beside SPLIT_BY_PRODUCT
+        (
+            {
+                "method": "TRAINING_METHOD_DPO",
+                "truncation": "TRUNCATION_KEEP_LAST_TURNS",
+                "split_by": "SPLIT_BY_CONVERSATION",
+            },
+            "keep the same prompt",
+        ),
+        ({"eval_steps": 0}, "need eval_steps above 0"),
+        ({"eval_split": 0.0}, "split_by says what to hold out"),
+        ({"start_from": "models/m"}, "spec.start_from"),
+        ({"truncation": 9}, "is not one of the known values"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidSpecError, match=said):
+        convert.training_spec(training(**changes))
+
+
+def test_defaults_that_depend_on_other_fields_are_filled_in() -> None:
+    bare = {"dataset": "d", "model": "m"}
+    assert core.TrainingSpec.model_validate(bare).eval_split == 0.1
+    assert core.TrainingSpec.model_validate(bare | {"eval_dataset": "e"}).eval_split == 0
+    dpo = core.TrainingSpec.model_validate(bare | {"method": "dpo"})
+    assert (dpo.beta, core.TrainingSpec.model_validate(bare).beta) == (0.1, None)
+    assert core.TrainingSpec.model_validate(dpo.model_dump()) == dpo
+
+
+MUTATIONS: dict[str, Any] = {
+    "base_model": "other",
+    "dataset": "datasets/e",
+    "model": "models/n",
+    "max_steps": 8,
+    "start_from": "models/m/versions/4",
+    "split_by": "SPLIT_BY_CONVERSATION",
+    "truncation": "TRUNCATION_ERROR",
+}
 
 
 @pytest.mark.parametrize("field", TRAINING)

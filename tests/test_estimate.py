@@ -32,13 +32,13 @@ GIB = 2**30
 WIDE = {"width": 256, "inner": 1024, "layers": 8, "heads": 4, "key_value_heads": 2, "vocabulary": 8192}
 
 
-def rows(count: int = 24, words: int = 20) -> bytes:
+def rows(count: int = 24, words: int = 12) -> bytes:
     return b"".join(
         json.dumps(
             {
                 "messages": [
                     {"role": "user", "content": "Which shoe?"},
-                    {"role": "assistant", "content": "the trail shoe " * (words + number % 7)},
+                    {"role": "assistant", "content": f"the trail shoe {number} " * (words + number % 7)},
                 ]
             }
         ).encode()
@@ -191,7 +191,7 @@ async def test_an_estimate_refuses_what_create_refuses(make_settings: Any) -> No
             (spec(base_model="llama-9"), Reason.BASE_MODEL_UNKNOWN),
             (spec(max_length=16), Reason.EXAMPLE_TOO_LONG),
             (spec(max_length=131_072), Reason.SPEC_INVALID),
-            (spec(dataset="one"), Reason.SPEC_INVALID),
+            (spec(dataset="one"), Reason.SPLIT_IMPOSSIBLE),
         ):
             errors = [await refusal(call, wrong) for call in (client.estimate_training, client.create_training_job)]
             assert {error.reason for error in errors} == {reason}
@@ -209,6 +209,24 @@ async def test_a_base_that_is_not_prepared_cannot_be_estimated_but_asked_for(mak
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error["reason"] == Reason.MEMORY_INSUFFICIENT
+
+
+@pytest.mark.slow
+async def test_a_job_whose_base_was_not_prepared_holds_what_its_worker_finds(make_settings: Any) -> None:
+    settings = make_settings()
+    async with await start_server(settings) as server:
+        with Client(server.address) as client:
+            await asyncio.to_thread(client.upload_dataset, "talks", rows())
+            job = await asyncio.to_thread(client.create_training_job, spec(max_steps=10_000))
+            state = State.open(settings.state_url, migrate=False)
+            assert state.held_memory() == {}
+            held = f"jobs/{job.id}"
+            await asyncio.to_thread(wait_until, lambda: state.held_memory().get(held), 120)
+            estimate = await asyncio.to_thread(client.estimate_training, spec(max_steps=10_000))
+            assert estimate.held_memory_bytes == {job.id: estimate.memory.expected_bytes}
+            state.close()
+            await asyncio.to_thread(client.cancel_job, job.id)
+            await ended(client, job)
 
 
 def test_a_worker_looks_for_room_even_where_the_store_does_not_answer(make_settings: Any) -> None:

@@ -402,6 +402,7 @@ def test_every_write_of_a_stale_attempt_is_refused(settings: Settings, state: St
         "beat": lambda: state.beat(job.id, 1, 1, "x"),
         "progress": lambda: state.append_events(job.id, 1, [Progress(phase="generating", step=1)]),
         "checkpoint": lambda: state.append_events(job.id, 1, [Checkpoint(step=9, size_bytes=1)]),
+        "memory": lambda: state.expect_memory(job.id, 1, 1),
         "tracker": lambda: state.set_tracker_run(job.id, 1, TrackerRun(id="x")),
         "artifact": lambda: datasets.store("d", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [row], job_id=job.id),
         "success": lambda: state.finish_attempt(job.id, 1, result),
@@ -545,12 +546,10 @@ async def locked_for(settings: Settings, seconds: float) -> None:
             assert (await client.get(going_on)).outcome == "OK"  # reading goes on
             assert time.monotonic() - asked < 2
         await locked
-        unlocked = time.monotonic()
         assert refused >= 2
         assert worker.is_running()
         assert sum(worker.cpu_times()[:2]) > worked + seconds / 20  # the work went on
-        await eventually(lambda: look.get_job(going_on).last_sequence > before, 10)
-        assert time.monotonic() - unlocked < 10
+        await eventually(lambda: look.get_job(going_on).last_sequence > before)
         during = await client.insist(lambda: client.create(chats(), "during"))
         assert look.get_job(going_on).attempt == 1
         await client.cancel(going_on)
@@ -775,3 +774,16 @@ async def test_twenty_killed_workers_are_noticed_at_once(settings: Settings) -> 
         look.close()
     print(f"noticed and started again within {max(noticed):.2f} s")  # noqa: T201
     assert max(noticed) < settings.lease_seconds + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_a_step_that_takes_long_is_no_sign_of_death(settings: Settings) -> None:
+    """Ten leases long."""
+    step = f"training.step=sleep:{10 * settings.lease_seconds:g}@2"
+    async with serving(settings, step) as server, Client(History(), server.address) as client:
+        await upload_training_data(client)
+        job_id = (await client.create(training_spec("m"))).jobs[0].job_id
+        await asyncio.wait_for(client.watch(Watch("test", job_id)), 5 * PATIENCE)
+    job = remains_of(settings).jobs[job_id]
+    assert (job.state, job.attempt) == (JobState.SUCCEEDED, 1)

@@ -105,11 +105,20 @@ async def test_train_passes_every_field_on(server: ScriptedServer, client: httpx
         "max_steps": 7,
         "gradient_accumulation_steps": 2,
         "eval_split": 0.0,
+        "split_by": "product",
+        "truncation": "keep_last_turns",
+        "eval_dataset": "exam",
+        "method": "dpo",
+        "beta": 0.5,
+        "start_from": "m:3",
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 2,
         "eval_steps": 3,
         "logging_steps": 5,
         "seed": 1,
         "save_steps": 6,
         "auto_find_batch_size": True,
+        "neftune_noise_alpha": 2.5,
     }
     body = {"dataset_name": "d", "model_name": "m", "base_model": "small", "training_config": config}
     await client.post("/api/v1/train", json=body)
@@ -120,6 +129,11 @@ async def test_train_passes_every_field_on(server: ScriptedServer, client: httpx
         "num_train_epochs": 2.0,
         "per_device_train_batch_size": 4,
         "lr_scheduler_type": "LR_SCHEDULER_TYPE_COSINE",
+        "split_by": "SPLIT_BY_PRODUCT",
+        "truncation": "TRUNCATION_KEEP_LAST_TURNS",
+        "eval_dataset": "datasets/exam",
+        "method": "TRAINING_METHOD_DPO",
+        "start_from": "models/m/versions/3",
         "seed": "1",
     }
     del expected["epochs"], expected["batch_size"]
@@ -456,6 +470,40 @@ async def test_an_upload_streams_through(server: ScriptedServer, client: httpx2.
     assert (arrived[0].name, arrived[0].kind, arrived[0].format) == ("datasets/a", 2, 2)
     assert b"".join(arrived[1:]) == b"x" * 3 * (2**20 + 10)
     assert max(map(len, arrived[1:])) == 2**20
+
+
+@pytest.mark.parametrize(
+    ("query", "content_type", "expected"),
+    [
+        ("kind=conversations", "application/x-ndjson", "JSONL"),
+        ("kind=preferences", "application/x-ndjson", "JSONL"),
+        ("kind=evaluation&format=sharegpt", "application/json", "SHAREGPT"),
+        ("kind=conversations&format=alpaca", "application/x-ndjson", "ALPACA"),
+        ("kind=conversations", "application/json", None),
+        ("kind=conversations&format=jsonl", "application/json", None),
+        ("kind=conversations&format=sharegpt", "text/csv", None),
+    ],
+)
+async def test_the_layout_is_what_is_said_or_what_the_type_means(
+    query: str, content_type: str, expected: str | None, server: ScriptedServer, client: httpx2.AsyncClient
+) -> None:
+    metadata: list[Any] = []
+
+    async def store(requests: Any, context: Any) -> datasets_pb2.UploadDatasetResponse:
+        metadata.extend([item.metadata async for item in requests if item.HasField("metadata")])
+        return datasets_pb2.UploadDatasetResponse(dataset=datasets_pb2.Dataset(name="datasets/a"))
+
+    server.script["UploadDataset"] = store
+    answer = await client.post(
+        f"/api/v1/datasets?name=a&{query}", content=b"[]", headers={"content-type": content_type}
+    )
+    if expected is None:
+        assert (answer.status_code, metadata) == (422, [])
+        return
+    assert answer.status_code == 201
+    assert datasets_pb2.DatasetFormat.Name(metadata[0].format) == f"DATASET_FORMAT_{expected}"
+    kind = query.removeprefix("kind=").partition("&")[0]
+    assert datasets_pb2.DatasetKind.Name(metadata[0].kind) == f"DATASET_KIND_{kind.upper()}"
 
 
 async def test_an_upload_that_is_refused_midway_says_why(server: ScriptedServer, client: httpx2.AsyncClient) -> None:

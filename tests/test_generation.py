@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from knowledge_engine.catalogue import Product, load_demo_catalogue
+from knowledge_engine.catalogue import Product, load_demo_catalogue, parse_json
 from knowledge_engine.core import (
     DatasetFormat,
     DatasetKind,
@@ -28,12 +29,13 @@ from knowledge_engine.core import (
     TrackerRun,
     utc_now,
 )
-from knowledge_engine.datasets import Conversation, Datasets
+from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import InvalidSpecError, Reason, StateError
 from knowledge_engine.generation.offline import OfflineVerbaliser
 from knowledge_engine.generation.pipeline import Verbaliser, run_generation
 from knowledge_engine.generation.planner import Act, Plan, Planner, need_of
 from knowledge_engine.generation.verifier import Rejection, Verifier
+from knowledge_engine.rows import Conversation
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 
@@ -63,6 +65,8 @@ class RecordingContext:
 
     def observe(self, service: Service, trouble: str | None) -> None:
         pass
+
+    def expect_memory(self, memory_bytes: int) -> None: ...
 
     def track(self, run: TrackerRun) -> None:
         raise AssertionError("generation is not tracked")
@@ -247,9 +251,15 @@ def test_words_vary(generate: Generate) -> None:
     assert len(openings) >= 12
 
 
+def garden() -> list[Product]:
+    lines = (Path(__file__).parent / "garden_catalogue.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Product.from_row(parse_json(line)) for line in lines]
+
+
+@pytest.mark.parametrize("catalogue", [load_demo_catalogue, garden])
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_offline_verbaliser_rarely_errs(level: DifficultyLevel) -> None:
-    products = load_demo_catalogue()
+def test_the_offline_verbaliser_rarely_errs(level: DifficultyLevel, catalogue: Callable[[], list[Product]]) -> None:
+    products = catalogue()
     planner = Planner(products, GenerationSpec(num_conversations=10, difficulty_level=level, seed=3))
     verifier, verbaliser = Verifier(products), OfflineVerbaliser()
     plans = [planner.plan(number) for number in range(500)]
@@ -374,6 +384,24 @@ def test_a_stopped_run_stores_nothing(datasets: Datasets, tmp_path: Path) -> Non
         run_generation(context, Settings(), datasets)
     assert datasets.newest(DatasetKind.CONVERSATIONS) is None
     assert [path.name for path in (tmp_path / "datasets").glob("*talks*")] == []
+
+
+def test_a_conversation_has_one_currency_and_a_title_may_have_brackets(generate: Generate, datasets: Datasets) -> None:
+    rows = [
+        {"id": f"{number}", "title": f"Rose (climbing) {number}", "price": 3.475 + number, "currency": currency,
+         "category": "Roses", "description": "A rose."}
+        for number, currency in enumerate(["KWD", "EUR"] * 6)
+    ]  # fmt: skip
+    for row in rows:
+        row["price"] = round(row["price"], 3 if row["currency"] == "KWD" else 2)
+    content = "\n".join(map(json.dumps, rows)).encode()
+    datasets.store("roses", DatasetKind.CATALOGUE, DatasetFormat.JSONL, [content])
+    result, conversations = generate(
+        catalogue="roses", num_conversations=40, difficulty_level="complex", dataset="talks"
+    )
+    assert result.num_rejected <= 2
+    for conversation in conversations:
+        assert len({product.currency for product in conversation.products}) == 1
 
 
 def test_other_catalogues_work_too(datasets: Datasets, generate: Generate) -> None:

@@ -57,6 +57,7 @@ from knowledge_engine.training.publishing import (
     keep,
     publish_patiently,
     sweep_kept,
+    training_facts,
 )
 from knowledge_engine.v1 import jobs_pb2, jobs_pb2_grpc, models_pb2, models_pb2_grpc
 from tests.faulty_proxy import Fault, FaultyProxy
@@ -456,6 +457,8 @@ class FakeContext:
 
     def log(self, message: str) -> None: ...
 
+    def expect_memory(self, memory_bytes: int) -> None: ...
+
     def track(self, run: Any) -> None: ...
 
     def checkpointed(self, step: int, size_bytes: int) -> None: ...
@@ -676,11 +679,15 @@ def _trained(folder: Path, job_id: str = "job-1") -> tuple[Path, Trained]:
     return folder, Trained(job_id=job_id, **facts)
 
 
+def _mark(spec: TrainingSpec, *digests: str, **parents: str) -> str:
+    return fingerprint(training_facts(spec, *digests, parents))
+
+
 def test_a_kept_adapter_is_found_by_its_job_and_by_an_equal_one(
     make_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     settings = make_settings()
-    mark = fingerprint(TrainingSpec(dataset="d", model="m"), "data", "base", "template", "nf4")
+    mark = _mark(TrainingSpec(dataset="d", model="m"), "data", "base", "template", "nf4")
     assert find_kept(settings, mark, "job-1") is None
     kept = keep(settings, mark, *_trained(tmp_path / "staged"))
     assert find_kept(settings, mark, "job-2") is None  # its job is at work with it
@@ -725,9 +732,11 @@ def test_what_nobody_came_back_for_is_swept(make_settings: Callable[..., Setting
 def test_another_training_has_another_fingerprint(changes: dict[str, Any]) -> None:
     spec = TrainingSpec(dataset="d", model="m")
     changed = TrainingSpec.model_validate(spec.model_dump() | changes)
-    assert fingerprint(spec, "a", "b", "c", "nf4") == fingerprint(spec, "a", "b", "c", "nf4")
-    marks = {fingerprint(spec, *digests) for digests in (("a", "b", "c", "nf4"), ("x", "b", "c", "nf4"))}
-    assert len(marks | {fingerprint(changed, "a", "b", "c", "nf4"), fingerprint(spec, "a", "x", "c", "nf4")}) == 4
+    assert _mark(spec, "a", "b", "c", "nf4") == _mark(spec, "a", "b", "c", "nf4")
+    marks = {_mark(spec, *digests) for digests in (("a", "b", "c", "nf4"), ("x", "b", "c", "nf4"))}
+    marks |= {_mark(changed, "a", "b", "c", "nf4"), _mark(spec, "a", "x", "c", "nf4")}
+    marks |= {_mark(spec, "a", "b", "c", "nf4", start_from_digest="d")}
+    assert len(marks) == 5
 
 
 # --- servers ------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from knowledge_engine.server.app import INFERENCE_SERVICE, SERVICES, RunningServer, start_server
 from knowledge_engine.settings import Settings
@@ -34,7 +35,7 @@ CONVERSATION = json.dumps(
 )
 
 
-def details(error: grpc.aio.AioRpcError) -> tuple[error_details_pb2.ErrorInfo, list[str]]:
+def details(error: grpc.aio.AioRpcError | grpc.Call) -> tuple[error_details_pb2.ErrorInfo, list[str]]:
     """The one ErrorInfo of an error, and the fields it complains of."""
     raw = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
     status = status_pb2.Status.FromString(raw if isinstance(raw, bytes) else raw.encode())
@@ -56,6 +57,35 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str, list[str]]:
         await (anext(aiter(call)) if hasattr(call, "__aiter__") else call)
     info, fields = details(caught.value)
     return caught.value.code(), info.reason, fields
+
+
+async def refused_stream(server: RunningServer, method: str, requests: AsyncIterator[Message] | Message) -> grpc.Call:
+    """The error with which the server ends a stream of requests, which it may do before it has read them all.
+
+    Asked without asyncio: `grpc.aio` puts an INTERNAL of its own in the place of an answer that came before a write.
+    """
+    sent = [requests] if isinstance(requests, Message) else [request async for request in requests]
+
+    def ask() -> grpc.Call:
+        with grpc.insecure_channel(server.address) as channel:
+            call = channel.stream_stream(method, request_serializer=lambda request: request.SerializeToString())
+            with pytest.raises(grpc.RpcError) as caught:
+                next(call(iter(sent), timeout=60))
+        assert isinstance(caught.value, grpc.Call)
+        return caught.value
+
+    return await asyncio.to_thread(ask)
+
+
+UPLOAD = "/knowledge_engine.v1.DatasetService/UploadDataset"
+
+
+async def refused_upload(
+    server: RunningServer, requests: AsyncIterator[Message]
+) -> tuple[grpc.StatusCode, str, list[str]]:
+    error = await refused_stream(server, UPLOAD, requests)
+    info, fields = details(error)
+    return error.code(), info.reason, fields
 
 
 def upload(
@@ -101,7 +131,7 @@ async def test_a_broken_line_is_named_and_nothing_is_stored(
     channel: grpc.aio.Channel, server: RunningServer, tmp_path: Path, content: bytes, line: int
 ) -> None:
     stub = datasets_pb2_grpc.DatasetServiceStub(channel)
-    code, reason, fields = await refused(stub.UploadDataset(upload("datasets/broken", content)))
+    code, reason, fields = await refused_upload(server, upload("datasets/broken", content))
     assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "DATASET_FORMAT_INVALID")
     assert any(str(line) in field for field in fields)
     assert not (await stub.ListDatasets(datasets_pb2.ListDatasetsRequest())).datasets
@@ -109,9 +139,7 @@ async def test_a_broken_line_is_named_and_nothing_is_stored(
     assert [path.name for path in left if path.is_file()] in ([], [".lock"])
 
 
-async def test_an_upload_begins_with_its_metadata(channel: grpc.aio.Channel) -> None:
-    stub = datasets_pb2_grpc.DatasetServiceStub(channel)
-
+async def test_an_upload_begins_with_its_metadata(server: RunningServer) -> None:
     async def only_bytes() -> AsyncIterator[datasets_pb2.UploadDatasetRequest]:
         yield datasets_pb2.UploadDatasetRequest(chunk=b"x")
 
@@ -120,7 +148,7 @@ async def test_an_upload_begins_with_its_metadata(channel: grpc.aio.Channel) -> 
         yield
 
     for requests in (only_bytes(), nothing()):
-        code, reason, fields = await refused(stub.UploadDataset(requests))
+        code, reason, fields = await refused_upload(server, requests)
         assert (code, reason, fields) == (grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", ["metadata"])
 
 
@@ -159,7 +187,7 @@ TRICKS = ["", "..", "../x", "%2e%2e", "a/../b", "a\0b", "a\n", "x" * 300, "ï¼Žï¼
 
 
 @pytest.mark.parametrize("trick", TRICKS)
-async def test_every_id_refuses_path_tricks(channel: grpc.aio.Channel, trick: str) -> None:
+async def test_every_id_refuses_path_tricks(channel: grpc.aio.Channel, server: RunningServer, trick: str) -> None:
     jobs, datasets = jobs_pb2_grpc.JobServiceStub(channel), datasets_pb2_grpc.DatasetServiceStub(channel)
     models, inference = models_pb2_grpc.ModelServiceStub(channel), inference_pb2_grpc.InferenceServiceStub(channel)
     ask = inference_pb2.GenerationInput(
@@ -171,7 +199,7 @@ async def test_every_id_refuses_path_tricks(channel: grpc.aio.Channel, trick: st
         jobs.WatchJob(jobs_pb2.WatchJobRequest(name=f"jobs/{trick}")),
         datasets.GetDataset(datasets_pb2.GetDatasetRequest(name=f"datasets/{trick}")),
         datasets.DeleteDataset(datasets_pb2.DeleteDatasetRequest(name=f"datasets/{trick}")),
-        datasets.UploadDataset(upload(f"datasets/{trick}", b"")),
+        datasets.PreviewDataset(datasets_pb2.PreviewDatasetRequest(name=f"datasets/{trick}")),
         models.GetModel(models_pb2.GetModelRequest(name=f"models/{trick}")),
         models.ListModelVersions(models_pb2.ListModelVersionsRequest(parent=f"models/{trick}")),
         models.GetModelVersion(models_pb2.GetModelVersionRequest(name=f"models/{trick}/versions/1")),
@@ -181,6 +209,8 @@ async def test_every_id_refuses_path_tricks(channel: grpc.aio.Channel, trick: st
     ]
     for call in calls:
         assert (await refused(call))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "NAME_INVALID")
+    sent = upload(f"datasets/{trick}", b"")
+    assert (await refused_upload(server, sent))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "NAME_INVALID")
 
 
 async def test_unknown_things_are_not_found(channel: grpc.aio.Channel) -> None:
@@ -218,6 +248,10 @@ async def test_without_an_engine_an_answer_is_unavailable(channel: grpc.aio.Chan
         assert reason in {"ENGINE_UNAVAILABLE", "BASE_MODEL_LOADING"}
 
 
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+LIST_SERVICES = reflection_pb2.ServerReflectionRequest(list_services="")
+
+
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_lists_every_service(channel: grpc.aio.Channel, version: str) -> None:
     call = channel.stream_stream(
@@ -227,22 +261,16 @@ async def test_reflection_lists_every_service(channel: grpc.aio.Channel, version
     )
 
     async def ask() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
-        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        yield LIST_SERVICES
 
     names = [service.name async for answer in call(ask()) for service in answer.list_services_response.service]
     assert set(SERVICES) <= set(names)
 
 
 async def test_reflection_can_be_switched_off(make_settings: Callable[..., Settings]) -> None:
-    async with (
-        await start_server(make_settings(reflection=False)) as server,
-        grpc.aio.insecure_channel(server.address) as channel,
-    ):
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await anext(aiter(call))
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    async with await start_server(make_settings(reflection=False)) as server:
+        error = await refused_stream(server, REFLECTION, LIST_SERVICES)
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_with_keys_everything_but_health_demands_one(make_settings: Callable[..., Settings]) -> None:
@@ -270,9 +298,7 @@ async def test_with_keys_everything_but_health_demands_one(make_settings: Callab
             jobs_pb2.CreateGenerationJobRequest(spec=spec), metadata=(("x-api-key", "another-long-key"),)
         )
         assert created.job.creator == "ops"
-        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-        asked = reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-        assert (await refused(asked))[0] is grpc.StatusCode.UNAUTHENTICATED
+        assert (await refused_stream(server, REFLECTION, LIST_SERVICES)).code() is grpc.StatusCode.UNAUTHENTICATED
         health = health_pb2_grpc.HealthStub(channel)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status
 

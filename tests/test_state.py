@@ -1,6 +1,7 @@
 """The state store: legal transitions only, numbered events, fenced writes, nothing lost over a restart."""
 
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -316,6 +317,20 @@ def test_a_locked_store_is_unavailable_not_lost(state: State, url: str, tmp_path
 # --- pausing ------------------------------------------------------------------------------------------------------
 
 
+def test_a_disk_without_room_takes_no_writes_and_still_locks(state: State, tmp_path: Path) -> None:
+    state.create_job(SPEC)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "state.db-wal").stat().st_size, hard))
+    try:
+        state.demand_unlocked()
+        with pytest.raises(UpstreamError):
+            state.demand_writable()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    state.demand_writable()
+    assert state.observations() == {}
+
+
 def test_a_waiting_job_is_paused_at_once_and_goes_on_behind_the_others(state: State) -> None:
     first, second = state.create_job(SPEC).id, state.create_job(SPEC).id
     assert {state.request_pause(first).state for _ in range(3)} == {JobState.PAUSED}
@@ -535,9 +550,10 @@ def test_a_store_of_every_release_is_brought_up_to_date(released: Path) -> None:
     check_upgraded(released)
 
 
-def test_an_upgrade_may_be_killed_at_every_statement(released: Path) -> None:
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_upgrade_may_be_killed_at_any_statement(released: Path, every: int) -> None:
     code = f"from knowledge_engine.state import State; State.open('sqlite:///{released}').close()"
-    for statement in range(1, 100):
+    for statement in range(1, 100, every):
         environment = os.environ | {"KNOWLEDGE_FAILPOINTS": f"migrate.statement=kill@{statement}"}
         ended = subprocess.run([sys.executable, "-c", code], env=environment, check=False, timeout=60)
         if ended.returncode == 0:

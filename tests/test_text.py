@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from knowledge_engine.bases import Base
-from knowledge_engine.core import Message
+from knowledge_engine.core import Message, Truncation, Turn
 from knowledge_engine.errors import InvalidSpecError, Reason
-from knowledge_engine.text import MAX_TEMPLATE_CHARACTERS, ChatText, encode_conversations, with_context
+from knowledge_engine.text import MAX_TEMPLATE_CHARACTERS, ChatText, fit_conversations, with_context
 from tests.tiny import CHAT_TEMPLATE, build_tiny_base
 
 LLAMA_2_LIKE = (
@@ -199,7 +199,7 @@ def test_a_template_in_the_tokenizer_config_is_used_too(tmp_path: Path, chatml: 
         ("{{ [].x.y }}", "UndefinedError"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}", "another way"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no control token"),
-        ("{% for m in messages %}{{ m.content[:-4] }}{% endfor %}", "no control token"),
+        ("{% for m in messages %}{{ m.content[:-4] }}{% endfor %}", "leaves out message 1"),
         ("{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "another way"),
     ],
     ids=["syntax", "size", "sandbox", "mutation", "undefined", "prompt", "no-end", "cut", "rewrites"],
@@ -220,10 +220,38 @@ def test_rows_that_would_lose_their_answer_are_named(chatml: ChatText) -> None:
     short, long = _conversation("a", "b"), _conversation("a", "word " * 200)
     rows = [SimpleNamespace(messages=messages) for messages in (short, long, short, long)]
     with pytest.raises(InvalidSpecError, match="rows 2, 4") as caught:
-        encode_conversations(rows, chatml, 64)
+        list(fit_conversations(rows, chatml, 64))
     assert caught.value.reason is Reason.EXAMPLE_TOO_LONG
     assert [violation.field for violation in caught.value.violations] == ["rows[2]", "rows[4]"]
-    assert len(encode_conversations(rows, chatml, 1024)) == 4
+    assert [one.change for one in fit_conversations(rows, chatml, 1024)] == [""] * 4
+
+
+def test_what_is_too_long_is_dropped_or_loses_its_first_turns(chatml: ChatText) -> None:
+    system, long = _turn("system", "Be kind."), "word " * 40
+    talk = [system, *_conversation("a", long, "b", long, "c", "d")]
+    hopeless = [system, *_conversation("a", "b", "c", long * 3)]
+    rows = [SimpleNamespace(messages=messages) for messages in (_conversation("a", "b"), talk, hopeless)]
+    dropped = list(fit_conversations(rows, chatml, 80, Truncation.DROP))
+    assert [one.example is None for one in dropped] == [False, True, True]
+    assert dropped[1].change.endswith("more than max_length (80): dropped")
+    kept = list(fit_conversations(rows, chatml, 80, Truncation.KEEP_LAST_TURNS))
+    assert [message.content for message in kept[1].messages] == ["Be kind.", "c", "d"]
+    assert kept[1].example == chatml.encode_example([system, *_conversation("c", "d")])
+    assert kept[1].change.endswith(": its first 4 messages are left out")
+    assert (kept[2].example, kept[2].change[-9:]) == (None, ": dropped")
+    assert (kept[0].change, kept[0].example) == ("", chatml.encode_example(_conversation("a", "b")))
+    with pytest.raises(InvalidSpecError) as caught:
+        list(fit_conversations(rows[2:], chatml, 80, Truncation.DROP))
+    assert caught.value.reason is Reason.NOTHING_TO_TRAIN
+
+
+def test_a_message_of_weight_0_is_shown_and_not_learned(chatml: ChatText) -> None:
+    plain = _conversation("a", "b", "c", "d")
+    weighed = [plain[0], Turn(role="assistant", content="b", weight=0), *plain[2:]]
+    example = chatml.encode_example(weighed)
+    assert example.input_ids == chatml.encode_example(plain).input_ids
+    learned = [token for token, is_trained in zip(example.input_ids, example.trained, strict=True) if is_trained]
+    assert chatml.tokenizer.decode(learned, skip_special_tokens=False) == "d<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +259,7 @@ def test_rows_that_would_lose_their_answer_are_named(chatml: ChatText) -> None:
 )
 def test_a_dataset_without_answers_is_refused(chatml: ChatText, rows: list[list[str]]) -> None:
     with pytest.raises(InvalidSpecError) as caught:
-        encode_conversations([SimpleNamespace(messages=_conversation(*row)) for row in rows], chatml, 1024)
+        list(fit_conversations([SimpleNamespace(messages=_conversation(*row)) for row in rows], chatml, 1024))
     assert caught.value.reason is Reason.NOTHING_TO_TRAIN
 
 

@@ -45,11 +45,12 @@ from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, Example
 from knowledge_engine.training.checkpoints import Checkpoints
-from knowledge_engine.training.data import collate, count_trained
+from knowledge_engine.training.data import collate
 from knowledge_engine.training.job import run_training
 from knowledge_engine.training.loop import evaluation_batches, learning_rate_at, train
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
+from knowledge_engine.training.material import num_trained
 from knowledge_engine.training.plan import count_steps, plan_batches
 from tests.fake_wandb import FakeWandb, Received, fake_wandb, wait_for
 from tests.tiny import CONTEXT, FAMILIES, build_tiny_adapter, build_tiny_base
@@ -68,8 +69,9 @@ class FakeContext:
         spec: TrainingSpec = SPEC,
         stop_after: int | None = None,
         tell: Callable[[Progress], object] = lambda progress: None,
+        job_id: str = "job-1",
     ) -> None:
-        self.job = Job(id="job-1", kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
+        self.job = Job(id=job_id, kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
         self.work_dir = work_dir
         self.stop_at_check: int | None = None
         self.num_checks = 0
@@ -101,6 +103,9 @@ class FakeContext:
 
     def track(self, run: TrackerRun) -> None:
         self.runs.append(run)
+
+    def expect_memory(self, memory_bytes: int) -> None:
+        self.memory_bytes = memory_bytes
 
     def at_end(self, call: Callable[[JobState | None], None]) -> None:
         self.ends.append(call)
@@ -196,7 +201,7 @@ def test_every_family_learns_and_its_adapter_serves(
     train(model, examples, [], spec, context, no_log, "cpu", checkpoints_of(context))
     after, num_tokens = mean_loss(model, evaluation_batches(examples, "cpu"), lambda: None)
     assert after < before - 0.5
-    assert num_tokens == sum(map(count_trained, examples))
+    assert num_tokens == sum(map(num_trained, examples))
 
     folder = tmp_path / "adapter"
     modeling.save_adapter(model, folder, base)
@@ -277,27 +282,31 @@ def test_the_seed_decides_everything(bases: dict[str, Base], examples: list[Exam
     assert not _equal(first, other)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"use_qlora": True},
-        {"lora": {"rank": 4}},
-        {"lora": {"alpha": 8}},
-        {"lora": {"dropout": 0.5}},
-        {"lora": {"target_modules": ["q_proj", "v_proj"]}},
-        {"learning_rate": 0.001},
-        {"lr_scheduler_type": "cosine"},
-        {"lr_scheduler_type": "constant"},
-        {"warmup_ratio": 0.5},
-        {"weight_decay": 0.5},
-        {"max_grad_norm": 0.01},
-        {"max_grad_norm": 0},
-        {"per_device_train_batch_size": 3},
-        {"gradient_accumulation_steps": 3},
-        {"seed": 1},
-    ],
-    ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
-)
+MOVED: list[dict[str, Any]] = [
+    {"use_qlora": True},
+    {"lora": {"rank": 4}},
+    {"lora": {"alpha": 8}},
+    {"lora": {"dropout": 0.5}},
+    {"lora": {"target_modules": ["q_proj", "v_proj"]}},
+    {"learning_rate": 0.001},
+    {"lr_scheduler_type": "cosine"},
+    {"lr_scheduler_type": "constant"},
+    {"warmup_ratio": 0.5},
+    {"weight_decay": 0.5},
+    {"max_grad_norm": 0.01},
+    {"max_grad_norm": 0},
+    {"per_device_train_batch_size": 3},
+    {"gradient_accumulation_steps": 3},
+    {"seed": 1},
+    {"lora": {"use_rslora": True}},
+    {"lora": {"use_dora": True}},
+    {"neftune_noise_alpha": 5},
+    {"num_train_epochs": 1, "max_steps": None},
+    {"max_steps": 5},
+]
+
+
+@pytest.mark.parametrize("changes", MOVED, ids=lambda changes: "-".join(map(str, next(iter(changes.items())))))
 def test_every_field_moves_the_adapter(
     bases: dict[str, Base], examples: list[Example], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -328,6 +337,34 @@ def test_every_field_moves_the_adapter(
 )
 def test_steps_follow_from_epochs_and_batches(changes: dict[str, Any], steps: int) -> None:
     assert count_steps(TrainingSpec.model_validate(SPEC.model_dump() | changes), 10)[0] == steps
+
+
+def test_no_field_is_without_effect() -> None:
+    """Those that move the adapter are moved above; the others say what is trained on, under what name, or how often."""
+    moved = {name for changes in MOVED for name in changes} - {"lora"}
+    shapes = {name for changes in MOVED for name in changes.get("lora", ())}
+    elsewhere = {
+        "base_model": "tests/test_bases.py",
+        "dataset": "test_a_job_publishes_what_it_trained",
+        "model": "test_a_job_publishes_what_it_trained",
+        "lora": "its own fields",
+        "max_length": "test_what_cannot_be_trained_is_refused",
+        "eval_split": "test_without_a_split_nothing_is_compared",
+        "eval_steps": "test_events_come_as_often_as_asked",
+        "logging_steps": "test_events_come_as_often_as_asked",
+        "method": "tests/test_methods.py",
+        "beta": "tests/test_methods.py",
+        "start_from": "tests/test_methods.py",
+        "truncation": "tests/test_methods.py",
+        "eval_dataset": "tests/test_methods.py",
+        "split_by": "tests/test_methods.py",
+        "load_best_model_at_end": "tests/test_methods.py",
+        "early_stopping_patience": "tests/test_methods.py",
+        "save_steps": "tests/test_checkpoints.py",
+        "auto_find_batch_size": "tests/test_checkpoints.py",
+    }
+    assert moved | elsewhere.keys() == TrainingSpec.model_fields.keys()
+    assert shapes == LoraConfig.model_fields.keys()
 
 
 def test_events_come_as_often_as_asked(bases: dict[str, Base], examples: list[Example], tmp_path: Path) -> None:
@@ -426,7 +463,7 @@ def _configure(**values: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "adapter_config.json").write_text("["), "adapter_config.json"),
         (_configure(target_modules=["nothing"]), "adapter_config.json"),
         (_configure(target_modules="all-linear"), "adapter_config.json"),
-        (_configure(use_dora=True), "adapter_config.json"),
+        (_configure(lora_bias=True), "adapter_config.json"),
         (_configure(modules_to_save=["lm_head"]), "adapter_config.json"),
         (_configure(peft_type="IA3"), "adapter_config.json"),
     ],
@@ -439,7 +476,7 @@ def _configure(**values: object) -> Callable[[Path], None]:
         "json",
         "targets",
         "pattern",
-        "dora",
+        "bias",
         "modules",
         "kind",
     ],
@@ -479,7 +516,8 @@ class Workshop:
     """Settings, dataset and registry of one data directory around a tiny base."""
 
     def __init__(self, root: Path, base: Path) -> None:
-        self.settings = Settings(data_dir=root, base_model=str(base))
+        free = "127.0.0.1:0"
+        self.settings = Settings(data_dir=root, base_model=str(base), grpc_address=free, http_address=free)
         self.state = State.open(self.settings.state_url)
         self.datasets = Datasets(root / "datasets", self.state)
         self.registry = Registry(root / "models")
@@ -493,11 +531,12 @@ class Workshop:
         self,
         stop_after: int | None = None,
         report: Callable[[Progress], object] = lambda progress: None,
+        job_id: str = "job-1",
         **changes: Any,
     ) -> tuple[TrainingResult, FakeContext]:
         values = {"dataset": "talks", "model": "shop", "max_steps": 6, "learning_rate": 0.01, "eval_split": 0.2}
         spec = TrainingSpec.model_validate(values | changes)
-        self.context = FakeContext(self.work_dir, spec, stop_after, report)
+        self.context = FakeContext(self.work_dir, spec, stop_after, report, job_id)
         state = JobState.FAILED
         try:
             result = run_training(self.context, self.settings, self.datasets, self.registry)
@@ -517,6 +556,7 @@ def workshop(tmp_path: Path, bases: dict[str, Base]) -> Any:
 
 def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Base]) -> None:
     result, context = workshop.run()
+    assert context.memory_bytes > 2**29
     phases = list(dict.fromkeys(event.phase for event in context.events))
     assert phases == ["loading", "checking", "training", "evaluating", "publishing"]
     assert [event.step for event in context.steps] == [1, 2, 3, 4, 5, 6]

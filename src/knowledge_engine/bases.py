@@ -88,7 +88,7 @@ class Base:
     size_bytes: int
     revision: str = ""
 
-    def max_length(self, asked: int | None) -> int:
+    def max_length(self, asked: int | None, field: str = "spec.max_length") -> int:
         """Tokens that a training conversation may have: what was asked for, else the smaller of the default and the
         context.
 
@@ -101,7 +101,7 @@ class Base:
             description = f"is above the context of the base model, {self.context_length} tokens"
             raise InvalidSpecError(
                 f"max_length {asked} {description}",
-                violations=[Violation("spec.max_length", description)],
+                violations=[Violation(field, description)],
                 context_length=self.context_length,
             )
         return asked

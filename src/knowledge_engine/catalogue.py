@@ -275,6 +275,18 @@ def parse_json(line: str) -> Any:
         raise ValueError("is nested too deeply") from None
 
 
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """As `parse_json`, of the value that begins at `start`, and where it ends. Raises ValueError, also where the value
+    is not whole yet."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    return value, end
+
+
 def load_demo_catalogue() -> list[Product]:
     """The products of `DEMO_CATALOGUE`."""
     lines = DEMO_CATALOGUE.read_text(encoding="utf-8").splitlines()

@@ -19,35 +19,43 @@ from google.protobuf.struct_pb2 import Struct
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knowledge_engine.client_convert import (
+    Export,
     TrainingEstimate,
     completion_from_proto,
     dataset_from_proto,
+    dataset_preview_from_proto,
     error_from_call,
     estimate_from_proto,
     event_from_proto,
+    export_from_proto,
     generation_spec_to_proto,
     job_from_proto,
     model_from_proto,
     model_resource,
+    previewed_row_from_proto,
     training_spec_to_proto,
     version_from_proto,
     version_resource,
 )
 from knowledge_engine.core import (
+    BASE,
     HEALTH_WORDS,
     Completion,
     Dataset,
     DatasetFormat,
     DatasetKind,
+    DatasetPreview,
     GenerationSpec,
     Job,
     JobEvent,
     Message,
     Model,
     ModelVersion,
+    PreviewedRow,
     Service,
     ServiceState,
     TrainingSpec,
+    Truncation,
 )
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.settings import is_loopback, split_address
@@ -60,8 +68,10 @@ from knowledge_engine.v1 import (
     jobs_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
+    training_pb2,
 )
 
+_EXPORT_SECONDS = 3600.0
 DEFAULT_SERVER = "127.0.0.1:50051"
 SERVICES = ("JobService", "DatasetService", "ModelService", "InferenceService")
 UPLOAD_CHUNK_BYTES = 2**20  # well under gRPC's limit of 4 MiB for one message
@@ -205,7 +215,7 @@ class Client:
         *,
         reconnect_seconds: float = RECONNECT_SECONDS,
         on_reconnect: Callable[[], None] | None = None,
-    ) -> Iterator[JobEvent]:
+    ) -> Generator[JobEvent, None, None]:
         """The job's events after `after_sequence`, each once and in order, then each new one, until the job's last.
 
         A server that goes away meanwhile is looked for again for `reconnect_seconds`, and the watch goes on where it
@@ -290,6 +300,28 @@ class Client:
             if not (token := page.next_page_token):
                 return
 
+    def preview_dataset(
+        self,
+        name: str,
+        *,
+        first_row: int = 1,
+        num_rows: int = 10,
+        base_model: str = BASE,
+        max_length: int | None = None,
+        truncation: Truncation = Truncation.ERROR,
+    ) -> tuple[list[PreviewedRow], DatasetPreview]:
+        """At most 100 rows from `first_row` on, counted from 1, as a training sees them; and what becomes of all."""
+        request = datasets_pb2.PreviewDatasetRequest(
+            name=f"datasets/{name}",
+            base_model=base_model,
+            max_length=max_length,
+            truncation=training_pb2.Truncation.Value(f"TRUNCATION_{Truncation(truncation).name}"),
+            page_size=num_rows,
+            skip=first_row - 1,
+        )
+        response = self._call(self._datasets.PreviewDataset, request)
+        return [*map(previewed_row_from_proto, response.rows)], dataset_preview_from_proto(response.dataset)
+
     def delete_dataset(self, name: str) -> None:
         self._call(self._datasets.DeleteDataset, datasets_pb2.DeleteDatasetRequest(name=f"datasets/{name}"))
 
@@ -322,6 +354,11 @@ class Client:
     def get_model_version(self, model: str, version: int) -> ModelVersion:
         request = models_pb2.GetModelVersionRequest(name=version_resource(model, version))
         return version_from_proto(self._call(self._models.GetModelVersion, request).model_version)
+
+    def export_model_version(self, model: str, version: int) -> Export:
+        """Merges a version into its base in the service's data directory; returns when it is there and checked."""
+        request = models_pb2.ExportModelVersionRequest(name=version_resource(model, version))
+        return export_from_proto(self._call(self._models.ExportModelVersion, request, _EXPORT_SECONDS).export)
 
     def delete_model_version(self, model: str, version: int) -> None:
         request = models_pb2.DeleteModelVersionRequest(name=version_resource(model, version))

@@ -6,10 +6,12 @@ applies its own defaults.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -143,6 +145,7 @@ def _result(result: jobs_pb2.JobResult) -> core.TrainingResult | core.Generation
         tokens_per_second=trained.tokens_per_second,
         training_seconds=_seconds(trained.training_time),
         peak_memory_bytes=trained.peak_memory_bytes,
+        published_step=trained.published_step,
     )
 
 
@@ -215,14 +218,15 @@ def estimate_from_proto(estimate: training_pb2.TrainingEstimate) -> TrainingEsti
 def training_spec_to_proto(spec: core.TrainingSpec) -> training_pb2.TrainingSpec:
     """The fields that were set, and no other."""
     values = spec.model_dump(exclude_unset=True, exclude_none=True)
-    values["dataset"] = f"datasets/{spec.dataset}"
+    for field in ("dataset", "eval_dataset"):
+        if field in values:
+            values[field] = f"datasets/{values[field]}"
     values["model"] = f"models/{spec.model}"
+    if spec.start_from is not None:
+        values["start_from"] = model_resource(spec.start_from)
     if "lora" in values:
         values["lora"] = training_pb2.LoraConfig(**values["lora"])
-    if "lr_scheduler_type" in values:
-        name = f"LR_SCHEDULER_TYPE_{spec.lr_scheduler_type.name}"
-        values["lr_scheduler_type"] = training_pb2.LrSchedulerType.Value(name)
-    return training_pb2.TrainingSpec(**values)
+    return training_pb2.TrainingSpec(**_enums_numbered(values, training_pb2.TrainingSpec.DESCRIPTOR))
 
 
 def generation_spec_to_proto(spec: core.GenerationSpec) -> generation_pb2.GenerationSpec:
@@ -231,23 +235,21 @@ def generation_spec_to_proto(spec: core.GenerationSpec) -> generation_pb2.Genera
     for field in ("catalogue", "dataset"):
         if field in values:
             values[field] = f"datasets/{values[field]}"
-    if "difficulty_level" in values:
-        name = f"DIFFICULTY_LEVEL_{spec.difficulty_level.name}"
-        values["difficulty_level"] = generation_pb2.DifficultyLevel.Value(name)
-    if "provider" in values:
-        name = f"GENERATION_PROVIDER_{values['provider'].upper()}"
-        values["provider"] = generation_pb2.GenerationProvider.Value(name)
-    return generation_pb2.GenerationSpec(**values)
+    return generation_pb2.GenerationSpec(**_enums_numbered(values, generation_pb2.GenerationSpec.DESCRIPTOR))
 
 
 def _training_spec(spec: training_pb2.TrainingSpec) -> core.TrainingSpec:
     values = _set_fields(spec)
     values["dataset"] = _id(spec.dataset)
     values["model"] = _id(spec.model)
+    if "eval_dataset" in values:
+        values["eval_dataset"] = _id(spec.eval_dataset)
+    if "start_from" in values:
+        model, version = _model_and_version(spec.start_from)
+        values["start_from"] = f"{model}:{version}"
     if "lora" in values:
         values["lora"] = core.LoraConfig(**_set_fields(spec.lora))
-    _name_enum(values, "lr_scheduler_type", training_pb2.LrSchedulerType)
-    return core.TrainingSpec(**values)
+    return core.TrainingSpec(**_enums_named(values, spec.DESCRIPTOR))
 
 
 def _generation_spec(spec: generation_pb2.GenerationSpec) -> core.GenerationSpec:
@@ -255,17 +257,32 @@ def _generation_spec(spec: generation_pb2.GenerationSpec) -> core.GenerationSpec
     for field in ("catalogue", "dataset"):
         if field in values:
             values[field] = _id(values[field])
-    _name_enum(values, "difficulty_level", generation_pb2.DifficultyLevel)
-    if "provider" in values:
-        provider = generation_pb2.GenerationProvider.Name(values["provider"])
-        values["provider"] = provider.removeprefix("GENERATION_PROVIDER_").lower()
-    return core.GenerationSpec(**values)
+    return core.GenerationSpec(**_enums_named(values, spec.DESCRIPTOR))
 
 
-def _name_enum(values: dict[str, Any], field: str, enum: Any) -> None:
-    """Replaces the number of an enum field, which is named as its type, by the word that `core` uses."""
-    if field in values:
-        values[field] = enum.Name(values[field]).removeprefix(f"{field.upper()}_").lower()
+def _enums_numbered(values: Mapping[str, Any], message: Descriptor) -> dict[str, Any]:
+    """With the numbers of the contract for the words that `core` uses in enum fields."""
+    numbers = {
+        field.name: field.enum_type.values_by_name[f"{_prefix(field.enum_type)}{values[field.name].upper()}"].number
+        for field in message.fields
+        if field.enum_type is not None and field.name in values
+    }
+    return {**values, **numbers}
+
+
+def _enums_named(values: Mapping[str, Any], message: Descriptor) -> dict[str, Any]:
+    """The inverse of `_enums_numbered`."""
+    words = {
+        field.name: field.enum_type.values_by_number[values[field.name]].name.removeprefix(_prefix(field.enum_type))
+        for field in message.fields
+        if field.enum_type is not None and field.name in values
+    }
+    return {**values, **{name: word.lower() for name, word in words.items()}}
+
+
+def _prefix(enum: EnumDescriptor) -> str:
+    """What the names of an enum's values begin with; its zero is `..._UNSPECIFIED`."""
+    return enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
 
 
 def _set_fields(message: ProtoMessage) -> dict[str, Any]:
@@ -285,6 +302,38 @@ def dataset_from_proto(dataset: datasets_pb2.Dataset) -> core.Dataset:
         create_time=_time(dataset.create_time),
         parents=tuple(dataset.parents),
         job_id=_id(dataset.job),
+    )
+
+
+def previewed_row_from_proto(row: datasets_pb2.PreviewedRow) -> core.PreviewedRow:
+    rejected = (
+        core.PreviewedAnswer(row.rejected.text, _previewed_tokens(row.rejected.tokens))
+        if row.HasField("rejected")
+        else None
+    )
+    return core.PreviewedRow(row.row, row.text, _previewed_tokens(row.tokens), row.problem, row.change, rejected)
+
+
+def _previewed_tokens(tokens: Iterable[datasets_pb2.PreviewedRow.Token]) -> tuple[core.PreviewedToken, ...]:
+    return tuple(core.PreviewedToken(token.id, token.text, token.is_trained, token.is_control) for token in tokens)
+
+
+def dataset_preview_from_proto(preview: datasets_pb2.DatasetPreview) -> core.DatasetPreview:
+    lengths = preview.lengths
+    return core.DatasetPreview(
+        num_rows=preview.num_rows,
+        num_tokens=preview.num_tokens,
+        num_trained_tokens=preview.num_trained_tokens,
+        lengths=core.TokenLengths(lengths.min, lengths.median, lengths.p95, lengths.max, lengths.mean),
+        num_issues=preview.num_issues,
+        issues=tuple(core.PreviewIssue(issue.row, issue.problem) for issue in preview.issues),
+        num_changes=preview.num_changes,
+        changes=tuple(core.PreviewIssue(change.row, change.problem) for change in preview.changes),
+        num_messages=dict(preview.num_messages),
+        num_learned_messages=preview.num_learned_messages,
+        num_near_duplicates=preview.num_near_duplicates,
+        near_duplicates=tuple(core.NearDuplicate(pair.row, pair.of_row) for pair in preview.near_duplicates),
+        length_bins=tuple(core.LengthBin(each.max_tokens, each.num_rows) for each in preview.length_bins),
     )
 
 
@@ -308,6 +357,8 @@ def version_from_proto(version: models_pb2.ModelVersion) -> core.ModelVersion:
         base_source=version.base_source,
         base_revision=version.base_revision,
         dataset_digest=version.dataset_digest,
+        eval_dataset_digest=version.eval_dataset_digest,
+        start_from_digest=version.start_from_digest,
         chat_template_digest=version.chat_template_digest,
         job_id=_id(version.job),
         spec=_training_spec(version.spec),
@@ -316,6 +367,24 @@ def version_from_proto(version: models_pb2.ModelVersion) -> core.ModelVersion:
         size_bytes=version.size_bytes,
         create_time=_time(version.create_time),
     )
+
+
+class Export(BaseModel):
+    """A version merged into its base; `folder` is in the service's data directory."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str
+    version_digest: str
+    precision: str
+    size_bytes: int
+    num_tokens: int
+    num_same: int
+    max_difference: float
+
+
+def export_from_proto(export: models_pb2.Export) -> Export:
+    return Export(**{field: getattr(export, field) for field in Export.model_fields})
 
 
 def completion_from_proto(completion: inference_pb2.Completion) -> core.Completion:
@@ -393,7 +462,7 @@ def error_from_status(status: status_pb2.Status) -> KnowledgeEngineError:
     error = kind(
         status.message,
         reason=Reason(info.reason) if known_reason else None,
-        violations=[Violation(item.field, item.description) for item in request.field_violations],
+        violations=[Violation(item.field, item.description, item.reason) for item in request.field_violations],
         retry_after_seconds=_seconds(retry.retry_delay) if retry.HasField("retry_delay") else None,
     )
     error.metadata = dict(info.metadata) | ({} if known_reason or not info.reason else {"reason": info.reason})

@@ -7,7 +7,7 @@ Every spec carries its defaults and its bounds, so that what is stored with a jo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -29,6 +29,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 Name = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\z")]
 """A model, dataset, job or base-model name; safe as a path part."""
+
+
+VersionName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}:[1-9][0-9]{0,8}\z")]
+"""A version of a model, `model:3`."""
+
+
+def split_version(name: str) -> tuple[str, int]:
+    """The model and the number of a `VersionName`."""
+    model, _, version = name.partition(":")
+    return model, int(version)
 
 
 def is_name(text: str) -> bool:
@@ -88,6 +98,28 @@ class DifficultyLevel(StrEnum):
     COMPLEX = "complex"
 
 
+class SplitBy(StrEnum):
+    """What must not be on both sides of a split: a conversation and its near-duplicates, or a product as well."""
+
+    CONVERSATION = "conversation"
+    PRODUCT = "product"
+
+
+class Truncation(StrEnum):
+    """What becomes of a conversation that is longer than `max_length`."""
+
+    ERROR = "error"
+    DROP = "drop"
+    KEEP_LAST_TURNS = "keep_last_turns"
+
+
+class TrainingMethod(StrEnum):
+    """Supervised fine-tuning, or direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    SFT = "sft"
+    DPO = "dpo"
+
+
 class GenerationProvider(StrEnum):
     """Who puts planned conversations into words."""
 
@@ -96,7 +128,9 @@ class GenerationProvider(StrEnum):
 
 
 class LoraConfig(_Frozen):
-    """The shape of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685)."""
+    """The shape of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685), with `use_rslora` scaled by alpha / sqrt(rank)
+    instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732), with `use_dora` the length of every row of a weight
+    learned apart from its direction (Liu et al. 2024, arXiv 2402.09353)."""
 
     rank: int = Field(default=16, ge=1, le=256)
     alpha: int = Field(default=32, ge=1, le=1024)
@@ -104,17 +138,26 @@ class LoraConfig(_Frozen):
     target_modules: tuple[Annotated[str, StringConstraints(min_length=1, max_length=128)], ...] = Field(
         default=(), max_length=64
     )
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+DEFAULT_BETA = 0.1
 
 
 class TrainingSpec(_Frozen):
-    """A supervised fine-tuning run; names and meanings follow TRL, PEFT and transformers.
+    """A fine-tuning run; names and meanings follow TRL, PEFT and transformers.
 
-    `num_train_epochs` and `max_steps` exclude each other; with neither, three epochs.
+    `num_train_epochs` and `max_steps` exclude each other; with neither, three epochs. `start_from` is a version to go
+    on from, as `model:3`.
     """
 
     base_model: Name = BASE
     dataset: Name
     model: Name
+    method: TrainingMethod = TrainingMethod.SFT
+    beta: float | None = Field(default=None, gt=0, le=10)
+    start_from: VersionName | None = None
     use_qlora: bool = True
     lora: LoraConfig = LoraConfig()
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
@@ -127,22 +170,67 @@ class TrainingSpec(_Frozen):
     per_device_train_batch_size: int = Field(default=1, ge=1, le=64)
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=256)
     max_length: int | None = Field(default=None, ge=16, le=131_072)
+    truncation: Truncation = Truncation.ERROR
+    eval_dataset: Name | None = None
     eval_split: float = Field(default=0.1, ge=0, le=0.5)
+    split_by: SplitBy = SplitBy.CONVERSATION
     eval_steps: int = Field(default=0, ge=0, le=1_000_000)
     logging_steps: int = Field(default=1, ge=1, le=10_000)
     save_steps: int = Field(default=0, ge=0, le=1_000_000)
     auto_find_batch_size: bool = False
+    neftune_noise_alpha: float = Field(default=0.0, ge=0, le=100)
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int = Field(default=0, ge=0, le=1000)
     seed: int = Field(default=42, ge=0, le=MAX_SEED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """The defaults that depend on other fields."""
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        if filled.get("eval_dataset") and filled.get("eval_split") is None:
+            filled["eval_split"] = 0.0
+        if filled.get("method") == TrainingMethod.DPO and filled.get("beta") is None:
+            filled["beta"] = DEFAULT_BETA
+        return filled
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.eval_split or self.eval_dataset)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.eval_dataset and self.eval_split:
+            raise ValueError("set eval_dataset or eval_split, not both")
+        if self.split_by is not SplitBy.CONVERSATION and not self.eval_split:
+            raise ValueError("split_by says what to hold out, but eval_split is 0")
         if self.num_train_epochs is not None and self.max_steps is not None:
             raise ValueError("set num_train_epochs or max_steps, not both")
         if self.model == BASE:
             raise ValueError(f"the model name {BASE!r} is reserved")
-        if self.eval_steps and not self.eval_split:
-            raise ValueError("eval_steps needs held-out conversations, but eval_split is 0")
+        if self.beta is not None and self.method is not TrainingMethod.DPO:
+            raise ValueError("beta is for method dpo")
+        if self.method is TrainingMethod.DPO and (self.split_by is SplitBy.PRODUCT or self.eval_dataset):
+            raise ValueError("preferences are held out with eval_split, near-duplicates on one side")
+        if self.method is TrainingMethod.DPO and self.truncation is Truncation.KEEP_LAST_TURNS:
+            raise ValueError("keep_last_turns is for conversations: both answers of a preference keep the same prompt")
+        if not self.eval_steps and (self.load_best_model_at_end or self.early_stopping_patience):
+            raise ValueError("load_best_model_at_end and early_stopping_patience need eval_steps above 0")
+        if self.eval_steps and not self.evaluates:
+            raise ValueError("eval_steps needs held-out conversations: an eval_split above 0, or an eval_dataset")
         return self
+
+
+class PreviewSpec(_Frozen):
+    """Which conversations to look at, as a training with the same fields would see them."""
+
+    name: Name
+    base_model: Name = BASE
+    max_length: int | None = Field(default=None, ge=16, le=131_072)
+    truncation: Truncation = Truncation.ERROR
 
 
 class GenerationSpec(_Frozen):
@@ -182,6 +270,7 @@ class TrainingResult(_Frozen):
     tokens_per_second: float
     training_seconds: float
     peak_memory_bytes: int
+    published_step: int = 0
 
 
 class GenerationUsage(_Frozen):
@@ -358,11 +447,15 @@ class Job(_Frozen):
 class DatasetKind(StrEnum):
     CONVERSATIONS = "conversations"
     CATALOGUE = "catalogue"
+    PREFERENCES = "preferences"
+    EVALUATION = "evaluation"
 
 
 class DatasetFormat(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
+    SHAREGPT = "sharegpt"
+    ALPACA = "alpaca"
 
 
 class Dataset(_Frozen):
@@ -378,6 +471,93 @@ class Dataset(_Frozen):
     job_id: str = ""
 
 
+class PreviewedToken(NamedTuple):
+    """One token; the texts of a row's tokens, joined, are its rendered text. `text` is empty where a token only ends a
+    character that the one before has begun."""
+
+    id: int
+    text: str
+    is_trained: bool
+    is_control: bool
+
+
+class PreviewedAnswer(NamedTuple):
+    """A preference's prompt with its rejected answer, as the chat template writes it."""
+
+    text: str
+    tokens: tuple[PreviewedToken, ...]
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return sum(token.is_trained for token in self.tokens)
+
+
+class PreviewedRow(NamedTuple):
+    """A row, counted from 1; a preference with its chosen answer, and beside it with the rejected one. `problem` says
+    why it could not be trained on, `change` what truncation does to it; a row without tokens cannot be rendered, or is
+    dropped."""
+
+    row: int
+    text: str
+    tokens: tuple[PreviewedToken, ...]
+    problem: str = ""
+    change: str = ""
+    rejected: PreviewedAnswer | None = None
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return sum(token.is_trained for token in self.tokens)
+
+
+class PreviewIssue(NamedTuple):
+    """What is wrong with a row, or done to it; counted from 1."""
+
+    row: int
+    problem: str
+
+
+class TokenLengths(NamedTuple):
+    """How long the rows are that can be rendered, in tokens; all 0 without any."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+    mean: float
+
+
+class LengthBin(NamedTuple):
+    """How many rows have at most so many tokens, and more than the bin before."""
+
+    max_tokens: int
+    num_rows: int
+
+
+class NearDuplicate(NamedTuple):
+    """A row that says what an earlier one says, both counted from 1."""
+
+    row: int
+    of_row: int
+
+
+class DatasetPreview(NamedTuple):
+    """What becomes of all rows. `issues`, `changes` and `near_duplicates` are the first ones of their number."""
+
+    num_rows: int
+    num_tokens: int
+    num_trained_tokens: int
+    lengths: TokenLengths
+    length_bins: tuple[LengthBin, ...]
+    num_messages: Mapping[str, int]
+    num_learned_messages: int
+    num_issues: int
+    issues: tuple[PreviewIssue, ...]
+    num_changes: int
+    changes: tuple[PreviewIssue, ...]
+    num_near_duplicates: int
+    near_duplicates: tuple[NearDuplicate, ...]
+
+
 class ModelVersion(_Frozen):
     """One published adapter; `digest` is the sha256 of its manifest."""
 
@@ -389,6 +569,8 @@ class ModelVersion(_Frozen):
     base_source: str = ""
     base_revision: str = ""
     dataset_digest: str
+    eval_dataset_digest: str = ""
+    start_from_digest: str = ""
     chat_template_digest: str
     job_id: str
     spec: TrainingSpec
@@ -411,6 +593,21 @@ class Model(_Frozen):
 class Message(_Frozen):
     role: Literal["system", "user", "assistant"]
     content: str = Field(min_length=1)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a training learns to say it."""
+        return self.role == "assistant"
+
+
+class Turn(Message):
+    """A message to learn from; `weight` 0, as OpenAI's fine-tuning has it, shows it and learns nothing from it."""
+
+    weight: Literal[0, 1] = 1
+
+    @property
+    def is_learned(self) -> bool:
+        return super().is_learned and self.weight == 1
 
 
 class _Sampling(_Frozen):
@@ -563,6 +760,9 @@ class JobContext(Protocol):
 
     def track(self, run: TrackerRun) -> None:
         """Records where the run is tracked."""
+
+    def expect_memory(self, memory_bytes: int) -> None:
+        """Records what the job will take of its device, once that is known better than at its creation."""
 
     def checkpointed(self, step: int, size_bytes: int) -> None:
         """Records a durable checkpoint: the job's crashes before it count no more."""

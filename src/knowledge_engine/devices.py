@@ -12,7 +12,7 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -40,20 +40,28 @@ def default_device() -> str:
 
 def total_memory(settings: Settings) -> int:
     """Bytes of the default device that the service may use, whoever holds them now."""
-    total = _cuda_memory() if default_device() == CUDA else _host_memory()
+    info = _cuda_memory() if default_device() == CUDA else None
+    total = _host_memory() if info is None else int(info.total)
     return min(total, settings.memory_limit_bytes or total)
+
+
+def memory_in_use() -> int:
+    """Bytes of the default device that are taken now, by whomever."""
+    if default_device() == CUDA and (info := _cuda_memory()) is not None:
+        return int(info.used)
+    return int(psutil.virtual_memory().used)
 
 
 def has_bfloat16() -> bool:
     """Whether the CUDA device computes in bfloat16: compute capability 8.0, Ampere, and newer."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(_first_device())
+    with _nvml() as nvml:
+        major, _ = nvml.nvmlDeviceGetCudaComputeCapability(_first_device())
         return int(major) >= 8
-    finally:
-        pynvml.nvmlShutdown()
+
+
+def resident_memory() -> int:
+    """Bytes that this process has resident now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
@@ -66,17 +74,25 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@functools.cache
-def _cuda_memory() -> int:
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """The driver's library. Raises pynvml.NVMLError where there is none, or it does not answer."""
     import pynvml
 
     pynvml.nvmlInit()
     try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(_first_device()).total)
-    except pynvml.NVMLError:  # a chip that shares its memory with the host, for one
-        return _host_memory()
+        yield pynvml
     finally:
         pynvml.nvmlShutdown()
+
+
+def _cuda_memory() -> Any | None:
+    """NVML's `total` and `used` bytes; None for a chip that shares its memory with the host."""
+    with _nvml() as nvml:
+        try:
+            return nvml.nvmlDeviceGetMemoryInfo(_first_device())
+        except nvml.NVMLError_NotSupported:
+            return None
 
 
 def _first_device() -> object:
@@ -133,11 +149,8 @@ def _count_devices() -> int:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        try:
-            return int(pynvml.nvmlDeviceGetCount())
-        finally:
-            pynvml.nvmlShutdown()
+        with _nvml() as nvml:
+            return int(nvml.nvmlDeviceGetCount())
     except pynvml.NVMLError:  # no driver here, or one that does not answer
         return 0
 

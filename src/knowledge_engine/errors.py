@@ -36,6 +36,7 @@ class Reason(StrEnum):
     DATASET_KIND_WRONG = "DATASET_KIND_WRONG"
     NOTHING_TO_TRAIN = "NOTHING_TO_TRAIN"
     EXAMPLE_TOO_LONG = "EXAMPLE_TOO_LONG"
+    SPLIT_IMPOSSIBLE = "SPLIT_IMPOSSIBLE"
     PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
     BASE_MODEL_UNKNOWN = "BASE_MODEL_UNKNOWN"
     BASE_MODEL_UNSUPPORTED = "BASE_MODEL_UNSUPPORTED"
@@ -51,12 +52,15 @@ class Reason(StrEnum):
     EVALUATION_NOT_FOUND = "EVALUATION_NOT_FOUND"
     # AlreadyExistsError
     DATASET_EXISTS = "DATASET_EXISTS"
+    EXPORT_EXISTS = "EXPORT_EXISTS"
     REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
     # StateError
     JOB_ENDED = "JOB_ENDED"
     SERVER_RUNNING = "SERVER_RUNNING"
     DATASET_IN_USE = "DATASET_IN_USE"
     BASE_MODEL_NOT_SERVED = "BASE_MODEL_NOT_SERVED"
+    CHAT_TEMPLATE_CHANGED = "CHAT_TEMPLATE_CHANGED"
+    EXPORT_DIFFERS = "EXPORT_DIFFERS"
     CATALOGUE_TOO_SMALL = "CATALOGUE_TOO_SMALL"
     PROVIDER_NOT_CONFIGURED = "PROVIDER_NOT_CONFIGURED"
     OPENAI_QUOTA_EXHAUSTED = "OPENAI_QUOTA_EXHAUSTED"
@@ -112,10 +116,12 @@ class Reason(StrEnum):
 
 
 class Violation(NamedTuple):
-    """One field that is wrong; `field` is its path in the contract, such as `spec.lora.rank`."""
+    """One field that is wrong; `field` is its path in the contract, such as `spec.lora.rank`. `reason` is a stable code
+    where there is one, such as those of `rows.RowCode`."""
 
     field: str
     description: str
+    reason: str = ""
 
 
 class KnowledgeEngineError(Exception):

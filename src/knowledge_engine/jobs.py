@@ -168,7 +168,7 @@ class Jobs:
             self._wake.clear()
             try:
                 await self._sweep()
-                await asyncio.to_thread(self._state.demand_writable)  # health hears of it if not
+                await asyncio.to_thread(self._state.demand_unlocked)  # health hears of it if not
                 await self._start_queued()
                 self.trouble = ""
             except KnowledgeEngineError as error:

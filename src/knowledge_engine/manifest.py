@@ -17,6 +17,8 @@ from knowledge_engine.core import ModelVersion, is_name
 from knowledge_engine.errors import IntegrityError, Reason
 
 MANIFEST = "manifest.json"
+EXPORT_FACTS = "export.json"
+"""In a merged model's folder: where it comes from and how it was checked, with the fields of the contract's Export."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

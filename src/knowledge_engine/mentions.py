@@ -53,12 +53,16 @@ class _Words:
         self.words = [text[start:end] for start, end in self.spans]
         self.folded = [word.casefold() for word in self.words]
         # Whether word i and word i+1 can belong to one name: "USB-C" can, "the Kettle, Toaster" cannot.
-        gaps = (text[left[1] : right[0]] for left, right in pairwise(self.spans))
-        self.joined = [gap == " " or _JOINT.fullmatch(gap) is not None for gap in gaps]
+        self.gaps = [text[left[1] : right[0]] for left, right in pairwise(self.spans)]
+        self.joined = [gap == " " or _JOINT.fullmatch(gap) is not None for gap in self.gaps]
 
-    def has(self, phrase: Sequence[str], at: int) -> bool:
-        end = at + len(phrase)
-        return self.folded[at:end] == phrase and all(self.joined[at : end - 1])
+    def has(self, phrase: _Words, at: int) -> bool:
+        """Whether it stands here, its words parted as in itself or by what holds words together."""
+        end = at + len(phrase.words)
+        return self.folded[at:end] == phrase.folded and all(
+            joined or gap == own
+            for joined, gap, own in zip(self.joined[at : end - 1], self.gaps[at : end - 1], phrase.gaps, strict=True)
+        )
 
 
 @lru_cache(maxsize=64)
@@ -71,13 +75,13 @@ class _Phrases:
     """Word sequences to look for, the longest first wherever several begin."""
 
     def __init__(self, phrases: Iterable[str]) -> None:
-        self._by_first: defaultdict[str, list[tuple[list[str], str]]] = defaultdict(list)
+        self._by_first: defaultdict[str, list[tuple[_Words, str]]] = defaultdict(list)
         for phrase in dict.fromkeys(phrases):
-            words = [word.casefold() for word in _WORD.findall(phrase)]
-            if words:
-                self._by_first[words[0]].append((words, phrase))
+            words = _Words(phrase)
+            if words.words:
+                self._by_first[words.folded[0]].append((words, phrase))
         for found in self._by_first.values():
-            found.sort(key=lambda item: -len(item[0]))
+            found.sort(key=lambda item: -len(item[0].words))
 
     def find(self, text: _Words) -> Iterator[tuple[int, int, list[str]]]:
         """Non-overlapping hits as (first word, word after the last, phrases of that spelling)."""
@@ -87,8 +91,8 @@ class _Phrases:
             if not hits:
                 at += 1
                 continue
-            length = len(hits[0][0])
-            yield at, at + length, [phrase for words, phrase in hits if len(words) == length]
+            length = len(hits[0][0].words)
+            yield at, at + length, [phrase for words, phrase in hits if len(words.words) == length]
             at += length
 
 
@@ -234,16 +238,18 @@ def find_prices(text: str) -> list[PriceMention]:
         number = match["a"] or match["b"] or match["bare"] or match["plain"]
         said = match["before"] or match["after"] or match["spoken"]
         currency = None if said is None else _SYMBOLS.get(said) or _SPOKEN.get(said.lower().rstrip("s"), said)
-        amount = None if number is None else _amount(number)
+        amount = None if number is None else _amount(number, currency)
         found.append(PriceMention(match.start(), match.end(), match[0], amount, currency))
     return found
 
 
-def _amount(number: str) -> Decimal:
-    """A number with separators of either kind; a single one before exactly three digits separates thousands."""
+def _amount(number: str, currency: str | None) -> Decimal:
+    """A number with separators of either kind; a single one before exactly three digits separates thousands, unless the
+    currency has three decimals."""
     plain = re.sub(r"['\s]", "", number)
     marks = [character for character in plain if character in ".,"]
-    decimal = marks[-1] if len(set(marks)) == 2 or (len(marks) == 1 and len(plain) - plain.index(marks[0]) != 4) else ""
+    is_grouped = len(marks) == 1 and len(plain) - plain.index(marks[0]) == 4 and minor_digits(currency or "EUR") != 3
+    decimal = marks[-1] if len(set(marks)) == 2 or (len(marks) == 1 and not is_grouped) else ""
     for mark in set(marks) - {decimal}:
         plain = plain.replace(mark, "")
     return Decimal(plain.replace(decimal, ".") if decimal else plain)

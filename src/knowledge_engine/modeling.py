@@ -12,7 +12,7 @@ import errno
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from knowledge_engine import devices
 from knowledge_engine.bases import Base
 from knowledge_engine.core import LoraConfig
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
@@ -50,7 +51,7 @@ _OUT_OF_MEMORY = (
     "out of memory",
 )
 # What an adapter may say; whatever else PEFT knows must stand at its default.
-_UNDERSTOOD = frozenset({"r", "lora_alpha", "target_modules", "fan_in_fan_out", "use_rslora"})
+_UNDERSTOOD = frozenset({"r", "lora_alpha", "target_modules", "fan_in_fan_out", "use_rslora", "use_dora"})
 _WITHOUT_EFFECT = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version",
      "revision", "task_type"}
@@ -60,6 +61,20 @@ _WITHOUT_EFFECT = frozenset(
 def default_device() -> str:
     """`cuda` where there is one, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_memory(device: str) -> int:
+    """Bytes that this process holds now: of a CUDA device what torch has reserved there, else what is resident."""
+    if device.startswith(devices.CUDA):
+        return int(torch.cuda.memory_reserved(device))
+    return devices.resident_memory()
+
+
+def peak_device_memory(device: str) -> int:
+    """The same, at most so far."""
+    if device.startswith(devices.CUDA):
+        return int(torch.cuda.max_memory_reserved(device))
+    return devices.peak_memory()
 
 
 def serving_precision(device: str) -> str:
@@ -151,6 +166,8 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         target_modules=list(lora.target_modules) or short_names,
         bias="none",
         fan_in_fan_out=_is_transposed(model),
@@ -178,6 +195,7 @@ class AdaptedLinear:
         self.a: torch.Tensor = module.lora_A["default"].weight
         self.b: torch.Tensor = module.lora_B["default"].weight
         self.scaling: float = module.scaling["default"]
+        self.is_dora = bool(module.use_dora["default"])
         self.dropout: float = getattr(module.lora_dropout["default"], "p", 0.0)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -241,10 +259,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> 
             else:
                 tuned.add_adapter(name, config)
         expected = get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False)
-        problem = _difference(
-            {key: tuple(value.shape) for key, value in expected.items()},
-            {key: tuple(value.shape) for key, value in tensors.items()},
-        )
+        problem = _difference(expected, tensors)
     except (ValueError, TypeError, KeyError) as error:
         problem = f"does not fit this base: {str(error)[:200]}"
         raise _corrupt(folder / _CONFIG_FILE, problem) from error
@@ -267,6 +282,39 @@ def select_adapter(model: PeftModel, name: str | None) -> None:
     else:
         _tuner(model).enable_adapter_layers()
         model.set_adapter(name, inference_mode=True)
+
+
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """The bare base in evaluation mode, also of a model that is being trained."""
+    was_training = model.training
+    model.train(False)
+    _tuner(model).disable_adapter_layers()
+    try:
+        yield
+    finally:
+        _tuner(model).enable_adapter_layers()
+        model.train(was_training)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Puts the weights in `folder` into the adapter that `attach_lora` made.
+
+    Raises:
+        IntegrityError: MODEL_VERSION_CORRUPT naming the file: missing, unreadable, not finite, of other modules or
+            shapes than this adapter.
+    """
+    tensors = _read_adapter_weights(folder)
+    if problem := _difference(get_peft_model_state_dict(model, save_embedding_layers=False), tensors):
+        raise _corrupt(folder / _WEIGHTS_FILE, problem)
+    set_peft_model_state_dict(model, tensors)
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The base with the active adapter's update added to its weights; `model` is used up."""
+    with _quiet_peft():
+        merged: PreTrainedModel = _tuner(model).merge_and_unload()
+    return merged
 
 
 def remove_adapter(model: PeftModel, name: str) -> None:
@@ -309,15 +357,15 @@ def _read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _difference(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
-    """What is wrong with the found shapes, in a few words; empty when nothing is."""
+def _difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
+    """What is wrong with the names and shapes of the found ones, in a few words; empty when nothing is."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"lacks {name}"
         if name not in expected:
             return f"holds {name}, for which this base has no place"
-        if expected[name] != found[name]:
-            return f"holds {name} of shape {list(found[name])} instead of {list(expected[name])}"
+        if expected[name].shape != found[name].shape:
+            return f"holds {name} of shape {list(found[name].shape)} instead of {list(expected[name].shape)}"
     return ""
 
 
@@ -358,12 +406,17 @@ __all__ = [
     "attach_lora",
     "body_and_head",
     "default_device",
+    "device_memory",
     "is_out_of_memory",
     "linear_modules",
+    "load_adapter",
     "load_base",
+    "merge_adapter",
+    "peak_device_memory",
     "remove_adapter",
     "save_adapter",
     "select_adapter",
     "serving_precision",
     "training_precision",
+    "without_adapter",
 ]

@@ -22,11 +22,12 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from knowledge_engine.bases import Base
 from knowledge_engine.core import (
@@ -125,11 +126,12 @@ class Registry:
         chat_template_digest: str,
         comparison: HeldOutComparison | None,
         training_precision: str,
+        parents: Mapping[str, str] = MappingProxyType({}),
         check: Callable[[], None] = lambda: None,
     ) -> ModelVersion:
         """Makes the staged `folder` the next version of `spec.model`. A job publishes once: asked again, the answer is
         the version it has published already, or it goes on where it was. `check` is called on the way to a bucket and
-        may raise.
+        may raise. `parents` are digests of what else went into it, by the version's field.
 
         Raises:
             KnowledgeEngineError: NON_FINITE, a weight is no number; MODEL_VERSION_CORRUPT, weights cannot be read.
@@ -155,6 +157,7 @@ class Registry:
             "chat_template_digest": chat_template_digest,
             "comparison": comparison and comparison.model_dump(mode="json"),
             "training_precision": training_precision,
+            **parents,
             "create_time": utc_now().isoformat(),
             "files": {name: entry._asdict() for name, entry in files.items()},
         }

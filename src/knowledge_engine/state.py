@@ -416,16 +416,32 @@ class State:
             )
             return Orders(job.state, job.pause_requested)
 
+    def expect_memory(self, job_id: str, attempt: int, memory_bytes: int) -> None:
+        """Says what the job's worker will take of its device, once that is known better.
+
+        Raises:
+            ConflictError: ATTEMPT_SUPERSEDED.
+        """
+        with self._write() as connection:
+            _get_attempt(connection, job_id, attempt)
+            connection.execute(JOBS.update().where(JOBS.c.id == job_id).values(memory_bytes=memory_bytes))
+
     def orders(self, job_id: str, attempt: int) -> Orders:
         """Raises ConflictError: ATTEMPT_SUPERSEDED."""
         with self._read() as connection:
             job = _get_attempt(connection, job_id, attempt)
         return Orders(job.state, job.pause_requested)
 
-    def demand_writable(self) -> None:
-        """Raises UpstreamError: STATE_UNAVAILABLE, when nobody can write now."""
+    def demand_unlocked(self) -> None:
+        """Raises UpstreamError: STATE_UNAVAILABLE, when nobody can begin to write now. It writes nothing itself."""
         with self._write() as connection:
             connection.execute(JOBS.update().where(JOBS.c.id == "").values(beat=0))
+
+    def demand_writable(self) -> None:
+        """Raises UpstreamError: STATE_UNAVAILABLE, when nothing can be written now, be it for want of room."""
+        with self._write() as connection:
+            connection.execute(SERVICES.insert().values(name="", trouble="", update_time=utc_now()))
+            connection.execute(SERVICES.delete().where(SERVICES.c.name == ""))
 
     def append_events(self, job_id: str, attempt: int, payloads: Sequence[EventPayload]) -> None:
         """Adds events of a running attempt. A progress event also becomes the job's progress; a checkpoint is what the
@@ -727,7 +743,7 @@ def _append(connection: sa.Connection, job_id: str, payloads: Sequence[EventPayl
 
 
 def _datasets_of(spec: JobSpec) -> set[str | None]:
-    return {spec.dataset} if isinstance(spec, TrainingSpec) else {spec.dataset, spec.catalogue}
+    return {spec.dataset, spec.eval_dataset if isinstance(spec, TrainingSpec) else spec.catalogue}
 
 
 def _to_job(row: sa.Row[Any]) -> Job:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,13 +25,14 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from knowledge_engine.bases import Base
-from knowledge_engine.core import Message
+from knowledge_engine.core import Message, Truncation
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
 from knowledge_engine.files import read_json
 
 DEFAULT_SYSTEM = "You are a helpful shopping assistant."
 MAX_TEMPLATE_CHARACTERS = 65_536
 _MAX_NAMED_ROWS = 20
+_GOING_ON = Message(role="user", content="Go on.")
 
 # Private characters, which no script uses, stand in for control tokens while a template renders.
 _STAND_IN_FIRST, _STAND_IN_LAST = 0xF0000, 0x10FFFD
@@ -161,10 +163,14 @@ class ChatText:
         for token in self._control:
             if not self._control_ids.isdisjoint(self._plain.encode(token, add_special_tokens=False).ids):
                 raise _refused(f"the tokenizer cannot tell the control token {token!r} from the same text")
-        longest_first = sorted(self._control, key=len, reverse=True)
-        self._protected = re.compile("|".join([*map(re.escape, longest_first), _STAND_IN]))
+        tokens = [re.escape(token) for token in sorted(self._control, key=len, reverse=True)]
+        self._protected = re.compile("|".join([*tokens, _STAND_IN]))
+        self._closing = re.compile("|".join([*tokens, r"\s"]))
         probe = [Message(role="user", content="Hello"), Message(role="assistant", content="Hi")] * 2
-        example = self.encode_example(probe)
+        try:
+            example = self.encode_example(probe)
+        except InvalidSpecError as error:
+            raise error if error.reason is Reason.CHAT_TEMPLATE_REFUSED else _refused(error.message) from error
         self.stop_token_ids = frozenset({*stop_token_ids, example.input_ids[_last(example.trained)]})
 
     @classmethod
@@ -197,6 +203,10 @@ class ChatText:
         """Number of tokens, the added ones included."""
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether a token steers, such as one that ends a turn; what users write never becomes one."""
+        return token_id in self._control_ids
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as the template writes it.
 
@@ -211,7 +221,8 @@ class ChatText:
         return self._encode(rendered, [start for start, _ in self._turns(messages, rendered.text)]).ids
 
     def encode_example(self, messages: Sequence[Message]) -> Example:
-        """Token ids of a whole conversation; trained are the assistant's turns up to their end-of-turn token.
+        """Token ids of a whole conversation; trained are the assistant's turns up to their end-of-turn token, but for
+        those of weight 0.
 
         Raises:
             InvalidSpecError: SPEC_INVALID, CHAT_TEMPLATE_REFUSED.
@@ -220,8 +231,11 @@ class ChatText:
         turns = self._turns(messages, rendered.text)
         encoded = self._encode(rendered, [start for start, _ in turns])
         trained = [False] * len(encoded.ids)
-        for first, (_, end) in zip(encoded.marks, turns, strict=True):
-            inside = [i for i in range(first, len(trained)) if encoded.offsets[i][0] < end]
+        learned = [message.is_learned for message in messages if message.role == "assistant"]
+        for first, (_, end), is_learned in zip(encoded.marks, turns, learned, strict=True):
+            if not is_learned:
+                continue
+            inside = [i for i in range(first, len(trained)) if encoded.offsets[i][1] <= end]
             control = [i for i in inside if encoded.ids[i] in self._control_ids]
             if not control:
                 raise _refused("it ends the assistant's turn with no control token, so a model could not learn to stop")
@@ -230,19 +244,38 @@ class ChatText:
         return Example(encoded.ids, encoded.offsets, trained)
 
     def _turns(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Where in `text`, the rendering of `messages`, each assistant turn starts and ends, its closing included."""
+        """Where in `text`, the rendering of `messages`, each assistant turn starts and ends, its closing included.
+
+        A turn is what its rendering as the last one and the rendering of a conversation that goes on have in common:
+        some templates close the whole conversation too, with a token that is never generated within one.
+        """
         turns: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
-            if message.role == "assistant":
-                before = self.render(messages[:index], add_generation_prompt=True)
-                through = self.render(messages[: index + 1], add_generation_prompt=False)
-                if not (through.startswith(before) and text.startswith(through)):
-                    raise _refused(
-                        "it writes the beginning of a conversation in another way once the conversation goes on, so "
-                        "what was trained would not be what is asked"
-                    )
-                turns.append((len(before), len(through)))
+            if message.role != "assistant":
+                continue
+            before = self.render(messages[:index], add_generation_prompt=True)
+            through = self.render(messages[: index + 1], add_generation_prompt=False)
+            going_on = text
+            if index + 1 == len(messages):
+                going_on = self.render([*messages, _GOING_ON], add_generation_prompt=False)
+            end = self._end_of_turn(through, going_on)
+            is_whole = end and message.content.strip() in through[len(before) : end]
+            if not (text.startswith(before) and text[:end] == through[:end] and is_whole):
+                raise _refused(
+                    "it writes the beginning of a conversation in another way once the conversation goes on, so what "
+                    "was trained would not be what is asked"
+                )
+            turns.append((len(before), end))
         return turns
+
+    def _end_of_turn(self, through: str, going_on: str) -> int:
+        """Where the last turn of `through` ends that `going_on` has as well; 0 where they differ in more than what
+        closes a conversation: control tokens and white space."""
+        end = len(commonprefix([through, going_on]))  # noqa: RUF071 - characters are meant
+        for token in self._closing.finditer(through):
+            if token.start() < end < token.end():  # the next token of both begins alike
+                end = token.start()
+        return 0 if self._closing.sub("", through[end:]) else end
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendered:
         stand_ins: dict[str, str] = {}
@@ -262,6 +295,12 @@ class ChatText:
             raise InvalidSpecError(f"the base's chat template refuses these messages: {str(error)[:300]}") from error
         except Exception as error:  # a template is data: whatever it breaks, it is the template's fault
             raise _refused(f"{type(error).__name__}: {str(error)[:300]}") from error
+        for number, item in enumerate(hidden, 1):
+            if item["content"].strip() not in text:
+                raise InvalidSpecError(
+                    f"the base's chat template leaves out message {number}, which is the {item['role']}'s; put its "
+                    "text into a message that the template takes"
+                )
         return self._restore(text, {stand_in: literal for literal, stand_in in stand_ins.items()})
 
     def _restore(self, text: str, literals: Mapping[str, str]) -> _Rendered:
@@ -334,47 +373,121 @@ class ChatText:
 _Token = tuple[int, tuple[int, int]]
 
 
-def encode_conversations(conversations: Iterable[HasMessages], text: ChatText, max_length: int) -> list[Example]:
-    """Every conversation as an example of at most `max_length` tokens, in the same order; rows count from 1.
+@dataclass(frozen=True)
+class Fitted:
+    """What a conversation becomes: its example and the messages in it, None and none where it is left out.
+
+    `change` says what was done to it, empty for nothing.
+    """
+
+    example: Example | None
+    messages: Sequence[Message]
+    change: str
+
+
+def fit_conversations(
+    conversations: Iterable[HasMessages],
+    text: ChatText,
+    max_length: int,
+    truncation: Truncation = Truncation.ERROR,
+    conversations_per_row: int = 1,
+) -> Iterator[Fitted]:
+    """Every conversation as an example of at most `max_length` tokens, in the same order; rows count from 1, and
+    `conversations_per_row` of them on end are one row. What is wrong with rows is raised at the end.
+
+    `truncation` decides about longer ones: an error; dropped; or without its first turns, the system message kept, so
+    that what is left begins with the user, and dropped where even the last turns are too long. No turn is ever cut.
 
     Raises:
-        InvalidSpecError: EXAMPLE_TOO_LONG or NOTHING_TO_TRAIN, naming rows (nothing is ever cut); SPEC_INVALID or
-            CHAT_TEMPLATE_REFUSED, naming the first row that the template does not take.
+        InvalidSpecError: EXAMPLE_TOO_LONG or NOTHING_TO_TRAIN, naming rows; SPEC_INVALID or CHAT_TEMPLATE_REFUSED,
+            naming the first row that the template does not take.
     """
-    return list(iter_examples(conversations, text, max_length))
-
-
-def iter_examples(conversations: Iterable[HasMessages], text: ChatText, max_length: int) -> Iterator[Example]:
-    """As `encode_conversations`, one after the other; what is wrong with rows is raised at the end."""
     num_examples = 0
     too_long: list[Violation] = []
     untrained: list[Violation] = []
-    for row, conversation in enumerate(conversations, 1):
+    for position, conversation in enumerate(conversations):
+        row = position // conversations_per_row + 1
         try:
-            example = text.encode_example(conversation.messages)
+            fitted = fit_conversation(conversation, text, max_length, truncation)
         except InvalidSpecError as error:
-            raise InvalidSpecError(f"row {row}: {error.message}", reason=error.reason, row=row) from error
-        if not any(example.trained):
-            untrained.append(Violation(f"rows[{row}]", "holds no assistant turn"))
-        if len(example.input_ids) > max_length:
-            too_long.append(Violation(f"rows[{row}]", f"has {len(example.input_ids)} tokens"))
-        num_examples += 1
-        yield example
-    if untrained or not num_examples:
+            if error.reason is Reason.EXAMPLE_TOO_LONG:
+                if not too_long or too_long[-1].field != f"rows[{row}]":
+                    too_long.append(Violation(f"rows[{row}]", error.message))
+            elif error.reason is Reason.NOTHING_TO_TRAIN:
+                untrained.append(Violation(f"rows[{row}]", error.message))
+            else:
+                raise InvalidSpecError(f"row {row}: {error.message}", reason=error.reason, row=row) from error
+            continue
+        num_examples += fitted.example is not None
+        yield fitted
+    if untrained:
         raise InvalidSpecError(
-            f"nothing would be learned from {_name_rows(untrained) or 'an empty dataset'}: no assistant turn",
+            f"nothing would be learned from {_name_rows(untrained)}: no assistant turn",
             reason=Reason.NOTHING_TO_TRAIN,
             violations=untrained[:_MAX_NAMED_ROWS],
             num_rows=len(untrained),
         )
     if too_long:
         raise InvalidSpecError(
-            f"{_name_rows(too_long)}: longer than max_length ({max_length} tokens); an answer would be cut",
+            f"{_name_rows(too_long)}: longer than max_length ({max_length} tokens); raise it, or set truncation",
             reason=Reason.EXAMPLE_TOO_LONG,
             violations=too_long[:_MAX_NAMED_ROWS],
             max_length=max_length,
             num_rows=len(too_long),
         )
+    if not num_examples:
+        raise InvalidSpecError(
+            f"nothing would be learned: no conversation has at most max_length ({max_length}) tokens",
+            reason=Reason.NOTHING_TO_TRAIN,
+            max_length=max_length,
+        )
+
+
+def fit_conversation(
+    conversation: HasMessages, text: ChatText, max_length: int, truncation: Truncation = Truncation.ERROR
+) -> Fitted:
+    """As `fit_conversations`, of one, with sentences that do not name a row."""
+    messages = conversation.messages
+    example = text.encode_example(messages)
+    if not any(example.trained[1:]):
+        raise InvalidSpecError("holds no assistant turn", reason=Reason.NOTHING_TO_TRAIN)
+    length = len(example.input_ids)
+    if length <= max_length:
+        return Fitted(example, messages, "")
+    has = f"has {length} tokens, more than max_length ({max_length})"
+    if truncation is Truncation.ERROR:
+        raise InvalidSpecError(has, reason=Reason.EXAMPLE_TOO_LONG)
+    if truncation is Truncation.KEEP_LAST_TURNS:
+        kept = messages[:1] if messages[0].role == "system" else messages[:0]
+        for start in range(len(kept) + 1, len(messages)):
+            if messages[start].role != "user":
+                continue
+            rest = [*kept, *messages[start:]]
+            example = text.encode_example(rest)
+            if not any(example.trained[1:]):
+                break
+            if len(example.input_ids) <= max_length:
+                left_out = start - len(kept)
+                return Fitted(example, rest, f"{has}: its first {left_out} messages are left out")
+    return Fitted(None, (), f"{has}: dropped")
+
+
+def with_one_prompt(
+    sides: Sequence[Fitted], whole: Sequence[HasMessages], num_prompt: int, text: ChatText
+) -> tuple[Fitted, ...]:
+    """Both answers to one prompt of `num_prompt` messages, each with no more of it than the other was fitted with.
+
+    Both are dropped where one is, or where nothing of the prompt would be left.
+    """
+    change = next((side.change for side in sides if side.change), "")
+    if not change:
+        return tuple(sides)
+    left_out = max(len(all_of_it.messages) - len(side.messages) for side, all_of_it in zip(sides, whole, strict=True))
+    num_system = int(whole[0].messages[0].role == "system")
+    if any(side.example is None for side in sides) or num_system + left_out >= num_prompt:
+        return tuple(Fitted(None, (), f"{change.partition(': ')[0]}: dropped") for _ in sides)
+    kept = [[*each.messages[:num_system], *each.messages[num_system + left_out :]] for each in whole]
+    return tuple(Fitted(text.encode_example(messages), messages, change) for messages in kept)
 
 
 def read_template(folder: Path) -> str:

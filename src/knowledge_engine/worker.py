@@ -120,6 +120,9 @@ class Attempt:
     def track(self, run: TrackerRun) -> None:
         self.insist(lambda: self._state.set_tracker_run(self.job.id, self.job.attempt, run))
 
+    def expect_memory(self, memory_bytes: int) -> None:
+        self.insist(lambda: self._state.expect_memory(self.job.id, self.job.attempt, memory_bytes))
+
     def at_end(self, call: Callable[[JobState | None], None]) -> None:
         self._at_end.append(call)
 

@@ -343,7 +343,8 @@ def _compare(client: Client, settings: Settings, version: ModelVersion, talk: Ta
 
 def _held_out_turns(settings: Settings, version: ModelVersion) -> list[Message]:
     """The first held-out conversation up to its first answer, split off as the training job did."""
-    from knowledge_engine.datasets import Datasets, split_conversations
+    from knowledge_engine.datasets import Datasets
+    from knowledge_engine.splits import split_rows
     from knowledge_engine.state import State
 
     state = State.open(settings.state_url, migrate=False)
@@ -351,7 +352,7 @@ def _held_out_turns(settings: Settings, version: ModelVersion) -> list[Message]:
         rows = Datasets(settings.data_dir / "datasets", state).conversations(version.spec.dataset)
     finally:
         state.close()
-    messages = split_conversations(rows, version.spec.eval_split, version.spec.seed)[1][0].messages
+    messages = rows[split_rows(rows, version.spec.eval_split, version.spec.seed).held_out[0]].messages
     end = next(index for index, message in enumerate(messages) if message.role == "assistant")
     return list(messages[: end + 1])
 

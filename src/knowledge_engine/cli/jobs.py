@@ -1,8 +1,9 @@
-"""`train` and `jobs list|show|watch|pause|resume|cancel`."""
+"""`train` and `jobs list|show|watch|report|pause|resume|cancel`."""
 
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,7 +15,9 @@ from knowledge_engine.cli.output import (
     checked,
     confirm,
     connect,
+    console,
     given,
+    is_animated,
     plain,
     print_facts,
     print_json,
@@ -37,13 +40,13 @@ DetachOption = Annotated[bool, typer.Option("--detach", help="Only queue the job
 
 
 def train(
-    dataset: Annotated[str, typer.Option(help="The conversations to learn from.", show_default=False)],
+    dataset: Annotated[str, typer.Option(help="The conversations, or preferences, to learn from.", show_default=False)],
     model: Annotated[str, typer.Option(help="The model to publish a new version of.", show_default=False)],
     base_model: Annotated[str | None, typer.Option(help="The base to adapt.")] = None,
     qlora: Annotated[bool | None, typer.Option(help="Load the base in 4-bit NF4.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Conversations in one forward pass.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Conversations in one forward pass at most.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Forward passes in one step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     scheduler: Annotated[
@@ -53,14 +56,31 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping; 0 turns it off.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest conversation in tokens.")] = None,
+    truncation: Annotated[
+        Literal["error", "drop", "keep_last_turns"] | None, typer.Option(help="What becomes of longer ones.")
+    ] = None,
+    method: Annotated[Literal["sft", "dpo"] | None, typer.Option(help="On conversations, or on preferences.")] = None,
+    beta: Annotated[float | None, typer.Option(help="DPO: how closely it stays to the base.")] = None,
+    start_from: Annotated[str | None, typer.Option(help="A version to go on from, such as demo:3.")] = None,
     eval_split: Annotated[float | None, typer.Option(help="Share held out for evaluation.")] = None,
+    split_by: Annotated[
+        Literal["conversation", "product"] | None, typer.Option(help="What must not be on both sides.")
+    ] = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="An evaluation, instead of --eval-split.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Evaluate every so many steps.")] = None,
     logging_steps: Annotated[int | None, typer.Option(help="Report every so many steps.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Publish the step with the lowest evaluation loss.")] = False,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations without a new lowest loss.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every choice.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
     lora_alpha: Annotated[int | None, typer.Option(help="Scale of the adapter.")] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="Dropout before the adapter.")] = None,
     target_module: Annotated[list[str] | None, typer.Option(help="A linear module to adapt; repeatable.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale the adapter by alpha / sqrt(rank).")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Learn lengths apart from directions.")] = False,
+    neftune_noise_alpha: Annotated[float | None, typer.Option(help="Noise on the embeddings; 0 adds none.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.")] = None,
     auto_find_batch_size: Annotated[
         bool, typer.Option("--auto-find-batch-size", help="Go on once with half the batch when memory runs out.")
@@ -76,7 +96,14 @@ def train(
 
     What is not given is left to the server's defaults.
     """
-    lora = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout, "target_modules": target_module}
+    lora = {
+        "rank": lora_rank,
+        "alpha": lora_alpha,
+        "dropout": lora_dropout,
+        "target_modules": target_module,
+        "use_rslora": rslora or None,
+        "use_dora": dora or None,
+    }
     values = {
         "dataset": dataset,
         "model": model,
@@ -93,12 +120,21 @@ def train(
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
         "max_length": max_length,
+        "truncation": truncation,
+        "method": method,
+        "beta": beta,
+        "start_from": start_from,
         "eval_split": eval_split,
+        "split_by": split_by,
+        "eval_dataset": eval_dataset,
+        "load_best_model_at_end": best or None,
+        "early_stopping_patience": patience,
         "eval_steps": eval_steps,
         "logging_steps": logging_steps,
         "seed": seed,
         "save_steps": save_steps,
         "auto_find_batch_size": auto_find_batch_size or None,
+        "neftune_noise_alpha": neftune_noise_alpha,
     }
     from knowledge_engine.core import TrainingSpec
 
@@ -137,24 +173,57 @@ def show(job: JobArgument, json: JsonOption = False, server: ServerOption = None
 def watch(
     job: JobArgument,
     after: Annotated[int, typer.Option(min=0, help="Only events after this sequence number.")] = 0,
+    only_lines: Annotated[bool, typer.Option("--plain", help="Lines instead of curves, on a terminal too.")] = False,
     json: JsonOption = False,
     server: ServerOption = None,
 ) -> None:
-    """Follow a job's events to its end; with --json one event a line. Ctrl-C leaves the job running.
+    """Follow a job to its end: curves on a terminal, else its events line by line; with --json one event a line.
 
-    It waits for a server that restarts, and for a paused job.
+    Ctrl-C leaves the job running. It waits for a server that restarts, and for a paused job.
     """
     with connect(server) as client:
-        if json:
-            for event in client.watch_job(job, after, on_reconnect=lambda: say(RECONNECTING)):
-                print_json(plain(event))
-        else:
-            _show_events(client, job, after)
+        try:
+            if json:
+                for event in client.watch_job(job, after, on_reconnect=lambda: say(RECONNECTING)):
+                    print_json(plain(event))
+            elif is_animated(console(stderr=True)) and not only_lines:
+                _show_curves(client, job, after)
+            else:
+                _show_events(client, job, after, only_lines=only_lines)
+        except KeyboardInterrupt:
+            _say_how_to_return(job)
+            raise
         ended = client.get_job(job)
         if not json:
             print_job(ended)
     if ended.state.value != "SUCCEEDED":
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    job: JobArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write it. Default JOB.html here.", dir_okay=False, writable=True)
+    ] = None,
+    json: JsonOption = False,
+    server: ServerOption = None,
+) -> None:
+    """Write one page about a job: curves, comparison, settings, where it comes from, log. It needs no network."""
+    from knowledge_engine.cli.report import collect, render
+    from knowledge_engine.core import utc_now
+
+    with connect(server) as client:
+        found = collect(client, job)
+    path = out or Path(f"{found.job.id}.html")
+    try:
+        path.write_text(render(found, utc_now()), encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"--out {path} cannot be written: {error.strerror}") from None
+    if json:
+        print_json({"report": str(path)})
+    else:
+        typer.echo(path)
 
 
 @app.command()
@@ -183,9 +252,9 @@ def follow(client: Client, job: Job, *, detach: bool, as_json: bool) -> None:
     """Waits for a new job's end with progress on stderr, then prints it; exit code 1 unless it SUCCEEDED."""
     if not detach:
         try:
-            _show_events(client, job.id, 0)
+            _show_events(client, job.id)
         except KeyboardInterrupt:
-            say(f"job {job.id} goes on; knowledge-engine jobs watch {job.id} shows it again")
+            _say_how_to_return(job.id)
             raise
         job = client.get_job(job.id)
     print_job(job, as_json=as_json)
@@ -193,11 +262,22 @@ def follow(client: Client, job: Job, *, detach: bool, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _show_events(client: Client, job: str, after: int) -> None:
+def _show_events(client: Client, job: str, after: int = 0, *, only_lines: bool = False) -> None:
     from knowledge_engine.cli.progress import JobView
 
-    with JobView(job) as view:
+    with JobView(job, only_lines=only_lines) as view:
         view.show_all(client.watch_job(job, after, on_reconnect=lambda: view.say(RECONNECTING)))
+
+
+def _show_curves(client: Client, job: str, after: int) -> None:
+    from knowledge_engine.cli.live import LiveView
+
+    with LiveView(client.get_job(job)) as view:
+        view.show_all(client.watch_job(job, after, on_reconnect=lambda: view.say(RECONNECTING)))
+
+
+def _say_how_to_return(job: str) -> None:
+    say(f"job {job} goes on; knowledge-engine jobs watch {job} shows it again")
 
 
 def print_job(job: Job, *, as_json: bool = False) -> None:

@@ -1,8 +1,10 @@
-"""`models list|show|versions|delete`."""
+"""`models list|show|versions|export|delete`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,6 +103,37 @@ def versions(
         for item in found
     ]
     print_table(("VERSION", "BASE", "BASE LOSS", "TUNED LOSS", "SIZE", "CREATED", "DIGEST"), rows)
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(metavar="NAME:N", help="The version to merge.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there.", show_default=False)],
+    json: JsonOption = False,
+) -> None:
+    """Merge a version into its base and write one model folder, checked against the version.
+
+    Works on this machine's KNOWLEDGE_DATA_DIR, without a server.
+    """
+    from knowledge_engine.export import export_version
+    from knowledge_engine.settings import load_settings
+
+    name, number = _parse(version)
+    if number is None:
+        raise typer.BadParameter(f"say which version, such as {name}:1")
+    done = export_version(load_settings(), name, number, out.absolute(), lambda phase: say(f"{phase} ..."))
+    if json:
+        print_json(asdict(done) | {"folder": str(done.folder)})
+        return
+    print_facts(
+        [
+            ("folder", done.folder),
+            ("precision", done.precision),
+            ("size", size(done.size_bytes)),
+            ("checked", f"{done.num_tokens} tokens, {done.num_same} with the same likeliest next one"),
+            ("differs by", f"at most {done.max_difference:.1e} nats in a log-probability"),
+        ]
+    )
 
 
 @app.command()

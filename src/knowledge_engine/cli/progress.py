@@ -19,18 +19,22 @@ PLAIN_SECONDS = 5.0  # between two plain progress lines of one phase
 
 
 class JobView:
-    """Shows what it is given; a context manager, so that the bar is taken down whatever happens."""
+    """Shows what it is given; a context manager, so that the bar is taken down whatever happens.
 
-    def __init__(self, title: str, *, output: Console | None = None) -> None:
+    With `only_lines` there is no bar on a terminal either.
+    """
+
+    def __init__(self, title: str, *, output: Console | None = None, only_lines: bool = False) -> None:
         self._title = title
         self._console = output or console(stderr=True)
+        self._is_animated = is_animated(self._console) and not only_lines
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}  # one bar for each phase
         self._phase = ""
         self._spoken = float("-inf")
 
     def __enter__(self) -> Self:
-        if is_animated(self._console):
+        if self._is_animated:
             columns = (TextColumn("{task.description:<24}"), BarColumn(24), TextColumn("{task.fields[facts]}"))
             self._bars = Bars(*columns, console=self._console, refresh_per_second=4)
             self._bars.start()

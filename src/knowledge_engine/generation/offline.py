@@ -93,16 +93,16 @@ _NO_STOCK = (
     "Not at the moment: the {title}{brand} {are} out of stock.",
 )
 _ASK_ATTRIBUTE = (
-    "What is the {name} of the {title}?",
+    "What {name_is} the {name} of the {title}?",
     "What {name} {do} the {title} have?",
     "Can you tell me the {name} of the {title}?",
     "What about the {name}?",
 )
 _TELL_ATTRIBUTE = (
-    "The {name} of the {title} is {value}.",
+    "The {name} of the {title} {name_is} {value}.",
     "The {title} {phrase}.",
-    "The {name} is {value}.",
-    "For the {title}, the {name} is {value}.",
+    "The {name} {name_is} {value}.",
+    "For the {title}, the {name} {name_is} {value}.",
 )
 _ASK_COMPARE = (
     "How {do} the {title} compare with the {other}?",
@@ -230,7 +230,7 @@ class _Speaker:
         return self._choose(_CHANGE).format(wish=self._wishes(exchange.said))
 
     def _wishes(self, said: Constraints) -> str:
-        parts = [_phrase(name, value) for name, value in said.attributes.items()]
+        parts = _joined([_phrase(name, value) for name, value in said.attributes.items()])
         if said.brand:
             parts.append(f"{self._choose(('by', 'from'))} {said.brand}")
         if said.max_price_minor is not None and said.currency is not None:
@@ -296,7 +296,13 @@ class _Speaker:
     def _attribute(self, exchange: Exchange) -> tuple[str, str]:
         name = exchange.attribute
         product = exchange.products[0]
-        facts = {"name": name, "value": product.attributes[name], "phrase": self._described(product, [name])}
+        name_is = "are" if _is_plural(name) else "is"
+        facts = {
+            "name": name,
+            "name_is": name_is,
+            "value": product.attributes[name],
+            "phrase": self._described(product, [name]),
+        }
         return self._fill(_ASK_ATTRIBUTE, exchange, **facts), self._fill(_TELL_ATTRIBUTE, exchange, **facts)
 
     def _comparison(self, exchange: Exchange) -> tuple[str, str]:
@@ -383,6 +389,17 @@ def _phrase(name: str, value: str) -> str:
     if form := _WITH.get(name.lower()):
         return form.format(value=value)
     return f"with {value} {name}" if _is_plural(name) else f"with {_with_article(name)} of {value}"
+
+
+def _joined(phrases: Sequence[str]) -> list[str]:
+    """Phrases that begin alike as one: "with a height of 3 m and a pot of 5 l"."""
+    joined: list[str] = []
+    for phrase in phrases:
+        if joined and phrase.startswith("with ") and joined[-1].startswith("with "):
+            joined[-1] += f" and {phrase.removeprefix('with ')}"
+        else:
+            joined.append(phrase)
+    return joined
 
 
 def _with_article(noun: str) -> str:

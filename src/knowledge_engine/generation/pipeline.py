@@ -23,11 +23,12 @@ from knowledge_engine.core import (
     Progress,
     Service,
 )
-from knowledge_engine.datasets import Conversation, Datasets
+from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import Reason, StateError
 from knowledge_engine.generation.offline import OfflineVerbaliser
 from knowledge_engine.generation.planner import Plan, Planner
 from knowledge_engine.generation.verifier import Rejection, Reply, Verifier
+from knowledge_engine.rows import Conversation
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import with_context
 

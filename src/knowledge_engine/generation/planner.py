@@ -107,8 +107,13 @@ class Planner:
 
     def _candidates(self, target: Product, rng: random.Random) -> tuple[Product, ...]:
         """The target among what a search for it could have shown: its own kind first, then its category."""
-        kin = [product for product in self._by_need[need_of(target)] if product.id != target.id]
-        shelf = [p for p in self._by_category[target.category] if p.id != target.id and p not in kin]
+        # One currency in a conversation: prices of several cannot be compared.
+        kin = [p for p in self._by_need[need_of(target)] if p.id != target.id and p.currency == target.currency]
+        shelf = [
+            p
+            for p in self._by_category[target.category]
+            if p.id != target.id and p.currency == target.currency and p not in kin
+        ]
         rng.shuffle(kin)
         rng.shuffle(shelf)
         rows = [target, *(kin + shelf)[: rng.randint(MAX_ROWS - 2, MAX_ROWS - 1)]]

@@ -12,8 +12,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from knowledge_engine import devices
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
@@ -99,4 +97,4 @@ def _taken_bytes() -> int:
     torch: Any = sys.modules.get("torch")
     if torch is not None and devices.default_device() == devices.CUDA:
         return int(torch.cuda.max_memory_reserved())
-    return int(psutil.Process().memory_info().rss)
+    return devices.resident_memory()

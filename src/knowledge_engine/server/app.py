@@ -29,6 +29,7 @@ from knowledge_engine.jobs import Jobs
 from knowledge_engine.leftovers import clean_up, second_chance, sweep_checkpoints
 from knowledge_engine.processes import take_server_lock
 from knowledge_engine.registry import Registry
+from knowledge_engine.server.exports import Exports
 from knowledge_engine.server.health import Health, Watchman
 from knowledge_engine.server.services import (
     DatasetServicer,
@@ -165,9 +166,11 @@ async def start_server(settings: Settings) -> RunningServer:
     )
     texts = Texts(settings)
     server = grpc.aio.server(interceptors=[Guard(settings.keys)], options=_OPTIONS)
-    jobs_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(settings, jobs, state, datasets, texts), server)
-    datasets_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(settings, datasets), server)
-    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(registry, engine), server)
+    jobs_pb2_grpc.add_JobServiceServicer_to_server(
+        JobServicer(settings, jobs, state, datasets, registry, texts), server
+    )
+    datasets_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(settings, datasets, texts), server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(registry, engine, Exports(settings)), server)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(registry, engine, texts), server)
     health = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -6,8 +6,9 @@ import base64
 import binascii
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2, json_format, struct_pb2, timestamp_pb2
@@ -34,11 +35,28 @@ _S = TypeVar("_S", bound=BaseModel)
 DEFAULT_PAGE_SIZE = 50
 MAX_REQUEST_ID_LENGTH = 255
 MAX_PAGE_SIZE = 1000
+DEFAULT_PREVIEWED_ROWS = 10
+MAX_PREVIEWED_ROWS = 100
 
-_LR_SCHEDULERS = {
-    training_pb2.LR_SCHEDULER_TYPE_LINEAR: core.LrSchedulerType.LINEAR,
-    training_pb2.LR_SCHEDULER_TYPE_COSINE: core.LrSchedulerType.COSINE,
-    training_pb2.LR_SCHEDULER_TYPE_CONSTANT: core.LrSchedulerType.CONSTANT,
+_TRAINING_ENUMS: dict[str, dict[int, StrEnum]] = {
+    "lr_scheduler_type": {
+        training_pb2.LR_SCHEDULER_TYPE_LINEAR: core.LrSchedulerType.LINEAR,
+        training_pb2.LR_SCHEDULER_TYPE_COSINE: core.LrSchedulerType.COSINE,
+        training_pb2.LR_SCHEDULER_TYPE_CONSTANT: core.LrSchedulerType.CONSTANT,
+    },
+    "method": {
+        training_pb2.TRAINING_METHOD_SFT: core.TrainingMethod.SFT,
+        training_pb2.TRAINING_METHOD_DPO: core.TrainingMethod.DPO,
+    },
+    "split_by": {
+        training_pb2.SPLIT_BY_CONVERSATION: core.SplitBy.CONVERSATION,
+        training_pb2.SPLIT_BY_PRODUCT: core.SplitBy.PRODUCT,
+    },
+    "truncation": {
+        training_pb2.TRUNCATION_ERROR: core.Truncation.ERROR,
+        training_pb2.TRUNCATION_DROP: core.Truncation.DROP,
+        training_pb2.TRUNCATION_KEEP_LAST_TURNS: core.Truncation.KEEP_LAST_TURNS,
+    },
 }
 _DIFFICULTIES = {
     generation_pb2.DIFFICULTY_LEVEL_SIMPLE: core.DifficultyLevel.SIMPLE,
@@ -52,11 +70,15 @@ _PROVIDERS = {
 _DATASET_KINDS = {
     datasets_pb2.DATASET_KIND_CONVERSATIONS: core.DatasetKind.CONVERSATIONS,
     datasets_pb2.DATASET_KIND_CATALOGUE: core.DatasetKind.CATALOGUE,
+    datasets_pb2.DATASET_KIND_PREFERENCES: core.DatasetKind.PREFERENCES,
+    datasets_pb2.DATASET_KIND_EVALUATION: core.DatasetKind.EVALUATION,
 }
 _DATASET_FORMATS = {
     datasets_pb2.DATASET_FORMAT_UNSPECIFIED: core.DatasetFormat.JSONL,
     datasets_pb2.DATASET_FORMAT_JSONL: core.DatasetFormat.JSONL,
     datasets_pb2.DATASET_FORMAT_CSV: core.DatasetFormat.CSV,
+    datasets_pb2.DATASET_FORMAT_SHAREGPT: core.DatasetFormat.SHAREGPT,
+    datasets_pb2.DATASET_FORMAT_ALPACA: core.DatasetFormat.ALPACA,
 }
 _FINISH_REASONS = {
     core.FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -70,13 +92,17 @@ _JOB_STATES = {state: jobs_pb2.JobState.Value(f"JOB_STATE_{state}") for state in
 
 def training_spec(proto: training_pb2.TrainingSpec) -> core.TrainingSpec:
     """Raises InvalidSpecError: paths begin with `spec`."""
-    values = _set_scalars(proto, skip={"lora", "lr_scheduler_type", "base_model", "dataset", "model"})
+    values = _set_scalars(proto, skip={"lora", "dataset", "model"})
     values["dataset"] = parse_name(proto.dataset, "datasets", field="spec.dataset")
     values["model"] = parse_name(proto.model, "models", field="spec.model")
-    if proto.base_model:
-        values["base_model"] = proto.base_model
-    if proto.lr_scheduler_type:
-        values["lr_scheduler_type"] = _enum(_LR_SCHEDULERS, proto.lr_scheduler_type, "spec.lr_scheduler_type")
+    if proto.eval_dataset:
+        values["eval_dataset"] = parse_name(proto.eval_dataset, "datasets", field="spec.eval_dataset")
+    if proto.start_from:
+        model, version = parse_version_name(proto.start_from, field="spec.start_from")
+        values["start_from"] = f"{model}:{version}"
+    for field, table in _TRAINING_ENUMS.items():
+        if field in values:
+            values[field] = _enum(table, values[field], f"spec.{field}")
     values["lora"] = _set_scalars(proto.lora, skip={"target_modules"}) | {
         "target_modules": tuple(proto.lora.target_modules)
     }
@@ -110,6 +136,15 @@ def request(request_id: str, spec: core.JobSpec) -> Request | None:
         raise _invalid("request_id", f"must be 1 to {MAX_REQUEST_ID_LENGTH} printable ASCII characters")
     asked = f"{type(spec).__name__} {spec.model_dump_json(exclude_defaults=True)}"  # a later release knows more fields
     return Request(request_id, hashlib.sha256(asked.encode()).hexdigest())
+
+
+def preview_spec(proto: datasets_pb2.PreviewDatasetRequest) -> core.PreviewSpec:
+    """Raises InvalidSpecError."""
+    values = _set_scalars(proto, skip={"name", "page_size", "page_token", "skip"})
+    values["name"] = parse_name(proto.name, "datasets")
+    if proto.truncation:
+        values["truncation"] = _enum(_TRAINING_ENUMS["truncation"], proto.truncation, "truncation")
+    return _validated(core.PreviewSpec, values, "")
 
 
 def generation_input(proto: inference_pb2.GenerationInput) -> core.GenerationInput:
@@ -153,25 +188,39 @@ def parse_version_name(text: str, *, field: str = "name") -> tuple[str, int]:
     return model, int(version)
 
 
-def page(page_size: int, page_token: str) -> core.Page:
+def page(
+    page_size: int, page_token: str, default_size: int = DEFAULT_PAGE_SIZE, max_size: int = MAX_PAGE_SIZE
+) -> core.Page:
     """Raises InvalidSpecError: SPEC_INVALID, PAGE_TOKEN_INVALID."""
-    if not 0 <= page_size <= MAX_PAGE_SIZE:
-        raise _invalid("page_size", f"must be 1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}")
+    if not 0 <= page_size <= max_size:
+        raise _invalid("page_size", f"must be 1 to {max_size}, or 0 for {default_size}")
     after = None
     if page_token:
         try:
             after = base64.b64decode(page_token, altchars=b"-_", validate=True).decode()
         except (ValueError, binascii.Error):
-            raise InvalidSpecError(
-                "page_token is not one of ours",
-                reason=Reason.PAGE_TOKEN_INVALID,
-                violations=[Violation("page_token", "is not one of ours")],
-            ) from None
-    return core.Page(page_size or DEFAULT_PAGE_SIZE, after)
+            raise _strange_page_token() from None
+    return core.Page(page_size or default_size, after)
+
+
+def rows_page(page_size: int, page_token: str) -> core.Page:
+    """A page of rows to look at; `after` is a row's number. Raises as `page`."""
+    asked = page(page_size, page_token, DEFAULT_PREVIEWED_ROWS, MAX_PREVIEWED_ROWS)
+    if asked.after is not None and not (asked.after.isascii() and asked.after.isdecimal() and len(asked.after) < 19):
+        raise _strange_page_token()
+    return asked
 
 
 def page_token(after: str | None) -> str:
     return base64.urlsafe_b64encode(after.encode()).decode() if after else ""
+
+
+def _strange_page_token() -> InvalidSpecError:
+    return InvalidSpecError(
+        "page_token is not one of ours",
+        reason=Reason.PAGE_TOKEN_INVALID,
+        violations=[Violation("page_token", "is not one of ours")],
+    )
 
 
 def _model_and_version(name: str) -> tuple[str, int | None]:
@@ -303,6 +352,49 @@ def dataset(dataset: core.Dataset) -> datasets_pb2.Dataset:
     )
 
 
+def previewed_row(row: core.PreviewedRow) -> datasets_pb2.PreviewedRow:
+    rejected = row.rejected
+    return datasets_pb2.PreviewedRow(
+        row=row.row,
+        text=row.text,
+        tokens=_previewed_tokens(row.tokens),
+        num_trained_tokens=row.num_trained_tokens,
+        problem=row.problem,
+        change=row.change,
+        rejected=None
+        if rejected is None
+        else datasets_pb2.PreviewedRow.Answer(
+            text=rejected.text,
+            tokens=_previewed_tokens(rejected.tokens),
+            num_trained_tokens=rejected.num_trained_tokens,
+        ),
+    )
+
+
+def _previewed_tokens(tokens: Sequence[core.PreviewedToken]) -> list[datasets_pb2.PreviewedRow.Token]:
+    return [datasets_pb2.PreviewedRow.Token(**token._asdict()) for token in tokens]
+
+
+def dataset_preview(preview: core.DatasetPreview) -> datasets_pb2.DatasetPreview:
+    return datasets_pb2.DatasetPreview(
+        num_rows=preview.num_rows,
+        num_tokens=preview.num_tokens,
+        num_trained_tokens=preview.num_trained_tokens,
+        lengths=datasets_pb2.DatasetPreview.TokenLengths(**preview.lengths._asdict()),
+        num_issues=preview.num_issues,
+        issues=[datasets_pb2.DatasetPreview.Issue(**issue._asdict()) for issue in preview.issues],
+        num_changes=preview.num_changes,
+        changes=[datasets_pb2.DatasetPreview.Issue(**change._asdict()) for change in preview.changes],
+        num_messages=preview.num_messages,
+        num_learned_messages=preview.num_learned_messages,
+        num_near_duplicates=preview.num_near_duplicates,
+        near_duplicates=[
+            datasets_pb2.DatasetPreview.NearDuplicate(**pair._asdict()) for pair in preview.near_duplicates
+        ],
+        length_bins=[datasets_pb2.DatasetPreview.LengthBin(**each._asdict()) for each in preview.length_bins],
+    )
+
+
 def model(model: core.Model) -> models_pb2.Model:
     latest = model.latest_version
     return models_pb2.Model(
@@ -322,6 +414,8 @@ def model_version(version: core.ModelVersion) -> models_pb2.ModelVersion:
         base_source=version.base_source,
         base_revision=version.base_revision,
         dataset_digest=version.dataset_digest,
+        eval_dataset_digest=version.eval_dataset_digest,
+        start_from_digest=version.start_from_digest,
         chat_template_digest=version.chat_template_digest,
         job=f"jobs/{version.job_id}",
         spec=training_spec_proto(version.spec),
@@ -330,6 +424,12 @@ def model_version(version: core.ModelVersion) -> models_pb2.ModelVersion:
         size_bytes=version.size_bytes,
         create_time=_timestamp(version.create_time),
     )
+
+
+def export(facts: Mapping[str, Any]) -> models_pb2.Export:
+    """`facts` may say more than the contract."""
+    fields = [field.name for field in models_pb2.Export.DESCRIPTOR.fields]
+    return models_pb2.Export(**{name: facts[name] for name in fields})
 
 
 def version_name(model: str, version: int) -> str:
@@ -348,15 +448,16 @@ def completion(facts: core.Completion) -> inference_pb2.Completion:
 
 
 def training_spec_proto(spec: core.TrainingSpec) -> training_pb2.TrainingSpec:
-    schedulers = {kind: number for number, kind in _LR_SCHEDULERS.items()}
-    values = spec.model_dump(exclude_none=True, exclude={"dataset", "model", "lora", "lr_scheduler_type"})
-    return training_pb2.TrainingSpec(
-        dataset=f"datasets/{spec.dataset}",
-        model=f"models/{spec.model}",
-        lora=training_pb2.LoraConfig(**spec.lora.model_dump()),
-        lr_scheduler_type=schedulers[spec.lr_scheduler_type],
-        **values,
-    )
+    values = spec.model_dump(exclude_none=True)
+    for field in ("dataset", "eval_dataset"):
+        if field in values:
+            values[field] = f"datasets/{values[field]}"
+    if spec.start_from is not None:
+        values["start_from"] = version_name(*core.split_version(spec.start_from))
+    for field, table in _TRAINING_ENUMS.items():
+        values[field] = next(number for number, word in table.items() if word == values[field])
+    values["lora"] = training_pb2.LoraConfig(**values["lora"])
+    return training_pb2.TrainingSpec(**values | {"model": f"models/{spec.model}"})
 
 
 def training_estimate(estimate: Estimate) -> training_pb2.TrainingEstimate:
@@ -412,6 +513,7 @@ def _job_result(result: core.JobResult) -> jobs_pb2.JobResult:
             tokens_per_second=result.tokens_per_second,
             training_time=_duration(result.training_seconds),
             peak_memory_bytes=result.peak_memory_bytes,
+            published_step=result.published_step,
         )
     )
 

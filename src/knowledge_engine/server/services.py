@@ -7,18 +7,19 @@ import functools
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 from knowledge_engine import bases, core
 from knowledge_engine.bases import Base
-from knowledge_engine.datasets import Conversation, Datasets, split_conversations
+from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import (
     IntegrityError,
     InvalidSpecError,
     KnowledgeEngineError,
+    NotFoundError,
     Reason,
     StateError,
     UpstreamError,
@@ -28,13 +29,17 @@ from knowledge_engine.generation.chat_client import require_provider
 from knowledge_engine.generation.planner import Planner
 from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
 from knowledge_engine.jobs import Jobs, can_train
+from knowledge_engine.preview import preview_dataset, preview_row
 from knowledge_engine.registry import Registry
+from knowledge_engine.rows import FORMATS
 from knowledge_engine.server import convert
+from knowledge_engine.server.exports import Exports
 from knowledge_engine.server.status import CALLER
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
-from knowledge_engine.text import ChatText, iter_examples, with_context
+from knowledge_engine.text import ChatText, with_context
 from knowledge_engine.training.estimate import Material, Preflight, Row
+from knowledge_engine.training.material import KINDS, Fit, demand_continuable, divide, fit, read_rows
 from knowledge_engine.v1 import (
     datasets_pb2,
     datasets_pb2_grpc,
@@ -86,15 +91,15 @@ class _Accepted(NamedTuple):
     memory_bytes: int | None = None
 
 
-class _Measured:
+class _Measured(Generic[_Answer]):
     """What datasets measure for a base. It takes a second for every 300 rows or so, so many who ask share one answer,
     one is found at a time, the newest is kept, and the work goes on when those who asked leave."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(1, "measure")
-        self._tasks: dict[object, asyncio.Task[list[Row]]] = {}
+        self._tasks: dict[object, asyncio.Task[_Answer]] = {}
 
-    async def get(self, facts: object, measure: Callable[[], list[Row]]) -> list[Row]:
+    async def get(self, facts: object, measure: Callable[[], _Answer]) -> _Answer:
         task = self._tasks.get(facts)
         if task is None or (task.done() and task.exception() is not None):
             self._tasks = {key: task for key, task in self._tasks.items() if not task.done()}
@@ -102,27 +107,26 @@ class _Measured:
         return await asyncio.shield(task)
 
 
-def _split(spec: core.TrainingSpec, conversations: Sequence[Conversation], rows: Sequence[Row]) -> Material:
-    by_identity = {id(conversation): row for conversation, row in zip(conversations, rows, strict=True)}
-    train, held_out = split_conversations(conversations, spec.eval_split, spec.seed)
-    return Material([by_identity[id(row)] for row in train], [by_identity[id(row)] for row in held_out])
-
-
 class JobServicer(jobs_pb2_grpc.JobServiceServicer):
-    def __init__(self, settings: Settings, jobs: Jobs, state: State, datasets: Datasets, texts: Texts) -> None:
+    def __init__(
+        self, settings: Settings, jobs: Jobs, state: State, datasets: Datasets, registry: Registry, texts: Texts
+    ) -> None:
         self._settings = settings
         self._jobs = jobs
         self._state = state
         self._datasets = datasets
+        self._registry = registry
+        self._registry_threads = _registry_threads()
         self._texts = texts
         self._preflight = Preflight(settings, state)
-        self._measured = _Measured()
+        self._measured: _Measured[Fit[Row]] = _Measured()
 
     async def CreateTrainingJob(  # noqa: N802
         self, request: jobs_pb2.CreateTrainingJobRequest, context: Any
     ) -> jobs_pb2.CreateTrainingJobResponse:
         spec = convert.training_spec(request.spec)
-        job = await self._create(spec, request.request_id, self._checked)
+        check = functools.partial(self._checked, has_lora=request.spec.HasField("lora"))
+        job = await self._create(spec, request.request_id, check)
         return jobs_pb2.CreateTrainingJobResponse(job=convert.job(job))
 
     async def CreateGenerationJob(  # noqa: N802
@@ -135,7 +139,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     async def EstimateTrainingJob(  # noqa: N802
         self, request: jobs_pb2.EstimateTrainingJobRequest, context: Any
     ) -> jobs_pb2.EstimateTrainingJobResponse:
-        spec = convert.training_spec(request.spec)
+        spec = await self._shaped(convert.training_spec(request.spec), request.spec.HasField("lora"))
         estimate = await asyncio.to_thread(self._preflight.estimate, spec, *await self._material(spec))
         return jobs_pb2.EstimateTrainingJobResponse(estimate=convert.training_estimate(estimate))
 
@@ -190,8 +194,9 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             async for event in events:
                 yield jobs_pb2.WatchJobResponse(event=convert.job_event(event))
 
-    async def _checked(self, spec: core.TrainingSpec) -> _Accepted:
+    async def _checked(self, spec: core.TrainingSpec, has_lora: bool) -> _Accepted:
         """Refuses before anything is stored what could only fail later."""
+        spec = await self._shaped(spec, has_lora)
         try:
             base, material = await self._material(spec)
         except UpstreamError as error:
@@ -208,16 +213,37 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             UpstreamError: BASE_MODEL_LOADING, once everything else is checked.
         """
         _require_torch()
-        dataset = await asyncio.to_thread(self._datasets.get, spec.dataset)
-        if dataset.kind is not core.DatasetKind.CONVERSATIONS:
-            raise _wrong_kind("spec.dataset", dataset, core.DatasetKind.CONVERSATIONS)
+        asked = [("dataset", spec.dataset, KINDS[spec.method])]
+        if spec.eval_dataset is not None:
+            asked.append(("eval_dataset", spec.eval_dataset, core.DatasetKind.EVALUATION))
+        digests = []
+        for field, name, kind in asked:
+            dataset = await asyncio.to_thread(self._datasets.get, name)
+            if dataset.kind is not kind:
+                raise _wrong_kind(f"spec.{field}", dataset, kind)
+            digests.append(dataset.digest)
         base, text = await asyncio.to_thread(self._texts.get, spec.base_model)
-        conversations = await asyncio.to_thread(self._datasets.conversations, spec.dataset)
-        max_length = base.max_length(spec.max_length)
-        facts = (dataset.digest, base.digest, text.template_digest, max_length)
-        # Measured before the split, so that errors name rows of the dataset.
-        rows = await self._measured.get(facts, lambda: [*map(Row.of, iter_examples(conversations, text, max_length))])
-        return base, await asyncio.to_thread(_split, spec, conversations, rows)
+        if spec.start_from is not None:
+            version = await self._version(spec.start_from)
+            demand_continuable(spec, version, base.digest, text.template_digest)
+        rows, evaluation = await asyncio.to_thread(read_rows, self._datasets, spec)
+        how = (text, base.max_length(spec.max_length), spec.truncation)
+        # Fitted before the split, so that errors name rows of the dataset.
+        fitted: list[Fit[Row]] = []
+        for digest, some in zip(digests, (rows, evaluation), strict=False):
+            facts = (digest, base.digest, text.template_digest, *how[1:])
+            fitted.append(await self._measured.get(facts, functools.partial(fit, some, *how, Row.of)))
+        measured = fitted[1].items if evaluation else ()
+        return base, Material(*await asyncio.to_thread(divide, spec, rows, fitted[0].items, measured))
+
+    async def _shaped(self, spec: core.TrainingSpec, has_lora: bool) -> core.TrainingSpec:
+        """The adapter's shape is that of the version it goes on from where the caller has named none."""
+        if spec.start_from is None or has_lora:
+            return spec
+        return spec.model_copy(update={"lora": (await self._version(spec.start_from)).spec.lora})
+
+    async def _version(self, name: str) -> core.ModelVersion:
+        return await _in(self._registry_threads, self._registry.get, *core.split_version(name))
 
     async def _completed(self, spec: core.GenerationSpec) -> _Accepted:
         """The spec with its catalogue, dataset and provider named, all checked."""
@@ -239,9 +265,11 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
 
 
 class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
-    def __init__(self, settings: Settings, datasets: Datasets) -> None:
+    def __init__(self, settings: Settings, datasets: Datasets, texts: Texts) -> None:
         self._datasets = datasets
+        self._texts = texts
         self._uploads = settings.data_dir / "uploads"
+        self._previewed: _Measured[core.DatasetPreview] = _Measured()
 
     async def UploadDataset(  # noqa: N802
         self, request_iterator: AsyncIterator[datasets_pb2.UploadDatasetRequest], context: Any
@@ -250,8 +278,9 @@ class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
         if first is None or first.WhichOneof("payload") != "metadata":
             raise _invalid("metadata", "must come first")
         name, kind, format_ = convert.upload_metadata(first.metadata)
-        if kind is not core.DatasetKind.CATALOGUE and format_ is core.DatasetFormat.CSV:
-            raise _invalid("metadata.format", "only catalogues may be CSV")
+        if format_ not in FORMATS[kind]:
+            known = " or ".join(word.upper() for word in FORMATS[kind])
+            raise _invalid("metadata.format", f"must be {known} for {kind}")
         self._uploads.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=self._uploads) as spool:
             await _receive(request_iterator, spool)
@@ -279,6 +308,35 @@ class DatasetServicer(datasets_pb2_grpc.DatasetServiceServicer):
         await asyncio.to_thread(self._datasets.delete, convert.parse_name(request.name, "datasets"))
         return datasets_pb2.DeleteDatasetResponse()
 
+    async def PreviewDataset(  # noqa: N802
+        self, request: datasets_pb2.PreviewDatasetRequest, context: Any
+    ) -> datasets_pb2.PreviewDatasetResponse:
+        spec = convert.preview_spec(request)
+        page = convert.rows_page(request.page_size, request.page_token)
+        if request.skip < 0:
+            raise _invalid("skip", "must not be negative")
+        dataset = await asyncio.to_thread(self._datasets.get, spec.name)
+        if dataset.kind is core.DatasetKind.CATALOGUE:
+            raise _wrong_kind("name", dataset, core.DatasetKind.CONVERSATIONS)
+        base, text = await asyncio.to_thread(self._texts.get, spec.base_model)
+        max_length = base.max_length(spec.max_length, field="max_length")
+        stored = await asyncio.to_thread(self._datasets.talks, spec.name, dataset.kind)
+        how = (text, max_length, spec.truncation)
+        facts = (dataset.digest, base.digest, text.template_digest, max_length, spec.truncation)
+        whole = await self._previewed.get(facts, lambda: preview_dataset(stored, *how))
+        first = int(page.after or 0) + request.skip
+        shown = stored[first : first + page.size]
+        rows = await asyncio.to_thread(
+            lambda: [preview_row(item, row, *how) for row, item in enumerate(shown, first + 1)]
+        )
+        last = first + len(shown)
+        return datasets_pb2.PreviewDatasetResponse(
+            rows=map(convert.previewed_row, rows),
+            next_page_token=convert.page_token(str(last) if shown and last < len(stored) else None),
+            dataset=convert.dataset_preview(whole),
+            chat_template_digest=text.template_digest,
+        )
+
 
 def _registry_threads() -> ThreadPoolExecutor:
     """A bucket that hangs must not take threads from the store's calls."""
@@ -290,9 +348,10 @@ async def _in(threads: ThreadPoolExecutor, call: Callable[..., _Answer], *argume
 
 
 class ModelServicer(models_pb2_grpc.ModelServiceServicer):
-    def __init__(self, registry: Registry, engine: EngineClient) -> None:
+    def __init__(self, registry: Registry, engine: EngineClient, exports: Exports) -> None:
         self._registry = registry
         self._engine = engine
+        self._exports = exports
         self._threads = _registry_threads()
 
     async def ListModels(  # noqa: N802
@@ -329,7 +388,21 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
     ) -> models_pb2.DeleteModelVersionResponse:
         version = await _in(self._threads, self._registry.delete, *convert.parse_version_name(request.name))
         await self._engine.unload(version.digest)
+        await self._exports.forget(version)
         return models_pb2.DeleteModelVersionResponse()
+
+    async def ExportModelVersion(  # noqa: N802
+        self, request: models_pb2.ExportModelVersionRequest, context: Any
+    ) -> models_pb2.ExportModelVersionResponse:
+        version = await _in(self._threads, self._registry.get, *convert.parse_version_name(request.name))
+        _require_torch()
+        facts = await self._exports.export(version)
+        try:
+            await _in(self._threads, self._registry.get, version.model, version.version)
+        except NotFoundError:  # deleted meanwhile, and its weights with it
+            await self._exports.forget(version)
+            raise
+        return models_pb2.ExportModelVersionResponse(export=convert.export(facts))
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -430,11 +503,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     def _check_servable(self, version: core.ModelVersion, base: Base, text: ChatText) -> None:
-        if version.base_digest != base.digest or version.chat_template_digest != text.template_digest:
+        if version.base_digest != base.digest:
             raise StateError(
                 f"version {version.version} of {version.model!r} was trained on base {version.base_model!r} "
                 f"({version.base_digest[:19]}), this engine serves {base.source} ({base.digest[:19]})",
                 reason=Reason.BASE_MODEL_NOT_SERVED,
+                model=version.model,
+                version=version.version,
+                base_model=version.base_model,
+            )
+        if version.chat_template_digest != text.template_digest:
+            raise StateError(
+                f"version {version.version} of {version.model!r} was trained with another chat template "
+                f"({version.chat_template_digest[:19]}) than {base.source} has now ({text.template_digest[:19]}); "
+                "train it again, or put the template back",
+                reason=Reason.CHAT_TEMPLATE_CHANGED,
                 model=version.model,
                 version=version.version,
                 base_model=version.base_model,

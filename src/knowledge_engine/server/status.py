@@ -58,7 +58,7 @@ def to_status(error: KnowledgeEngineError) -> status_pb2.Status:
             # Details travel in trailing metadata, which peers cut off at 8 KiB.
             if bad_request.ByteSize() + len(item.description) > _MAX_VIOLATION_BYTES:
                 break
-            bad_request.field_violations.add(field=item.field, description=item.description)
+            bad_request.field_violations.add(field=item.field, description=item.description, reason=item.reason)
         packed.append(_packed(bad_request))
     if error.retry_after_seconds is not None:
         delay = duration_pb2.Duration()

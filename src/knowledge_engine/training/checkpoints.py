@@ -44,6 +44,7 @@ FAILED = "CHECKPOINT_FAILED"
 ENVIRONMENT_CHANGED = "CHECKPOINT_ENVIRONMENT_CHANGED"
 
 _ADAPTER, _RANDOM, _PROGRESS = "adapter.safetensors", "random.safetensors", "progress.json"
+_BEST = "best.safetensors"
 _MOMENTS = {name: f"{name}.safetensors" for name in ("exp_avg", "exp_avg_sq", "step")}
 FILES = (_ADAPTER, *_MOMENTS.values(), _RANDOM, _PROGRESS)
 _OWNER = "attempt.json"
@@ -69,6 +70,23 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What the evaluations so far have shown: the step with the lowest loss, 0 before the first, and how many
+    evaluations there were since."""
+
+    step: int = 0
+    loss: float | None = None
+    num_worse: int = 0
+
+    def after(self, step: int, loss: float) -> Selection:
+        return (
+            Selection(step, loss, 0)
+            if self.loss is None or loss < self.loss
+            else replace(self, num_worse=self.num_worse + 1)
+        )
+
+
+@dataclass(frozen=True)
 class Position:
     """Where a training stands between two optimizer steps, but for its tensors."""
 
@@ -84,6 +102,7 @@ class Position:
     """How many steps in a row had a loss of 0."""
     untold: StepResult | None = None
     """The newest step, where it is not evaluated and reported yet."""
+    selection: Selection = Selection()
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,10 @@ class Learned:
 
     def difference(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
         """How these tensors differ in name, shape or type from ours, in a few words; empty when they do not."""
-        for file, ours in self.tensors().items():
+        ours_by_file = self.tensors()
+        if _BEST in files:
+            ours_by_file[_BEST] = ours_by_file[_ADAPTER]
+        for file, ours in ours_by_file.items():
             theirs = files[file]
             if ours.keys() != theirs.keys():
                 return f"{file} holds other tensors than this model trains"
@@ -155,6 +177,30 @@ class Learned:
         if state:
             return state[key]  # type: ignore[no-any-return]
         return torch.zeros(()) if key == "step" else torch.zeros_like(weight)
+
+
+class Best:
+    """The weights of the step that did best in evaluation, beside those that go on learning; at first they are the
+    same."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.take()
+
+    def take(self) -> None:
+        """The present weights are the best."""
+        self.tensors = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """As a checkpoint has them."""
+        self.tensors = {name: tensor.to(self._weights[name].device) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """The best weights become the present ones."""
+        for name, weight in self._weights.items():
+            weight.copy_(self.tensors[name])
 
 
 class Checkpoints:
@@ -181,7 +227,7 @@ class Checkpoints:
         """Where the newest sound one lies, as seen from the data directory; empty when there is none."""
         return f"jobs/{self._context.job.id}/{FOLDER}/{_name(self.newest_step)}" if self.newest_step else ""
 
-    def resume(self, learned: Learned, masks: Masks, device: str) -> Position:
+    def resume(self, learned: Learned, masks: Masks, device: str, best: Best | None = None) -> Position:
         """Puts everything back as the newest sound checkpoint has it; position 0 where there never was one.
 
         Raises:
@@ -190,7 +236,7 @@ class Checkpoints:
         self._take_over()
         for path in sorted(self._folders(), reverse=True):
             try:
-                files, position, randomness = self._read(path, learned, device)
+                files, position, randomness = self._read(path, learned, device, has_best=best is not None)
             except _DamagedError as damage:
                 self._damaged.append(path)
                 self._context.warn(DAMAGED, f"the checkpoint {path.name} is damaged and is passed over: {damage}")
@@ -199,6 +245,8 @@ class Checkpoints:
                 missing = f"the checkpoint after step {self._context.job.checkpoint_step} is gone"
                 self._context.warn(DAMAGED, f"{missing}; the one before it is used")
             learned.restore(files)
+            if best is not None:
+                best.put(files[_BEST])
             randomness.restore(masks, device)
             self.newest_step = position.step
             self._context.log(f"goes on from the checkpoint after step {position.step}")
@@ -224,7 +272,7 @@ class Checkpoints:
             return step % self._save_steps == 0
         return now - self._saved_time >= max(self._seconds, _SHARE * self._took_seconds)
 
-    def save(self, learned: Learned, boundary: Boundary, *, may_fail: bool = False) -> None:
+    def save(self, learned: Learned, boundary: Boundary, best: Best | None = None, *, may_fail: bool = False) -> None:
         """Returns once it would survive a power cut, or has been put off because the disk is full. One that is there
         already is not written again. With `may_fail`, a full disk is a warning however often it has been full.
 
@@ -237,7 +285,7 @@ class Checkpoints:
         if step <= self.newest_step:
             return
         began = time.monotonic()
-        contents = self._contents(learned, boundary)
+        contents = self._contents(learned, boundary, best)
         try:
             size_bytes = self._write(step, contents)
         except JobStopped:
@@ -258,9 +306,11 @@ class Checkpoints:
 
     # --- writing --------------------------------------------------------------------------------------------------
 
-    def _contents(self, learned: Learned, boundary: Boundary) -> dict[str, bytes]:
+    def _contents(self, learned: Learned, boundary: Boundary, best: Best | None) -> dict[str, bytes]:
         """By file. Made before the first byte is written: memory that runs out leaves nothing on the disk."""
         tensors = learned.tensors()
+        if best is not None:
+            tensors[_BEST] = {name: tensor.cpu().contiguous() for name, tensor in best.tensors.items()}
         for file, named in tensors.items():
             for name, tensor in named.items():
                 if not torch.isfinite(tensor).all():
@@ -341,13 +391,16 @@ class Checkpoints:
     # --- reading --------------------------------------------------------------------------------------------------
 
     def _read(
-        self, path: Path, learned: Learned, device: str
+        self, path: Path, learned: Learned, device: str, *, has_best: bool
     ) -> tuple[dict[str, dict[str, torch.Tensor]], Position, Randomness]:
         """Raises _DamagedError; IntegrityError: CHECKPOINT_UNUSABLE, it is sound and belongs to another training."""
         contents = _sound_contents(path)
+        if has_best is not (_BEST in contents):
+            raise _DamagedError(f"{_BEST} is {'missing' if has_best else 'not expected'}")
+        kept = (_ADAPTER, *_MOMENTS.values(), *((_BEST,) if has_best else ()))
         try:
             progress = json.loads(contents[_PROGRESS])
-            files = {file: load(contents[file]) for file in (_ADAPTER, *_MOMENTS.values())}
+            files = {file: load(contents[file]) for file in kept}
             randomness = Randomness(tuple(progress["masks"]), load(contents[_RANDOM]))
             position = _POSITION.validate_python(progress["position"])
             facts, environment = _completed(progress["facts"]), progress["environment"]
@@ -359,8 +412,8 @@ class Checkpoints:
             raise _DamagedError(f"it holds step {position.step}")
         if problem := learned.difference(files):
             raise _DamagedError(problem)
-        if environment != _environment():
-            changed = _changed(environment, _environment())
+        now = {name: value for name, value in _environment().items() if name in environment}  # older ones say less
+        if changed := _changed(environment, now):
             self._context.warn(
                 ENVIRONMENT_CHANGED,
                 f"{changed} changed since the checkpoint was written: the losses may differ a little from those of an "
@@ -409,23 +462,28 @@ class _DamagedError(Exception):
 _POSITION = TypeAdapter(Position)
 
 
-def told(boundary: Boundary) -> Boundary:
-    """The same moment, once its step is evaluated and reported."""
-    return replace(boundary, position=replace(boundary.position, untold=None))
+def told(boundary: Boundary, eval_loss: float | None, best: Best | None) -> Boundary:
+    """The same moment, once its step is evaluated and reported; `best` follows the lowest loss."""
+    position = boundary.position
+    if eval_loss is not None:
+        position = replace(position, selection=position.selection.after(position.step, eval_loss))
+        if best is not None and position.selection.step == position.step:
+            best.take()
+    return replace(boundary, position=replace(position, untold=None))
 
 
 def _sound_contents(path: Path) -> dict[str, bytes]:
     """Every file's bytes as they were written. Raises _DamagedError."""
     try:
         listed = json.loads((path / MARKER).read_bytes())["files"]
-        if set(listed) != set(FILES):
+        if set(listed) - {_BEST} != set(FILES):
             raise ValueError
     except OSError as error:
         raise _DamagedError(f"{MARKER} cannot be read ({os.strerror(error.errno or 0)})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise _DamagedError(f"{MARKER} is no list of its files") from error
     contents: dict[str, bytes] = {}
-    for file in FILES:
+    for file in listed:
         try:
             contents[file] = (path / file).read_bytes()
         except OSError as error:
@@ -443,7 +501,8 @@ def _completed(facts: dict[str, Any]) -> dict[str, Any]:
 def _environment() -> dict[str, Any]:
     """What may change the last digits of a loss, and nothing else."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device} | {name: version(name) for name in LIBRARIES}
+    threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
+    return {"device": device} | threads | {name: version(name) for name in LIBRARIES}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

@@ -1,6 +1,6 @@
 """From examples to the tensors of a batch; which ones go together is in `plan.py`. Knows no model and no optimizer.
 
-Shapes: B examples, T tokens of the longest of them, N trained tokens of the whole batch.
+Shapes: B examples, T tokens of the longest of them, N trained tokens of the whole batch, P preferences.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from knowledge_engine.text import Example
+from knowledge_engine.training.material import Item, Pair, sides_of
 
 
 @dataclass(frozen=True)
@@ -18,24 +18,34 @@ class Batch:
     """`input_ids` and `attention_mask` are (B, T), padded on the right; the mask is None where nothing is padded.
 
     `positions` (N,) index the flattened (B * T) hidden states whose next token is trained, `targets` (N,) are those
-    tokens. `num_tokens` leaves padding out.
+    tokens, `rows` (N,) the example that each belongs to. `num_tokens` leaves padding out. Of a preference both answers
+    are examples, the chosen one first; there are `num_pairs` of them, or 0.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     positions: torch.Tensor
     targets: torch.Tensor
+    rows: torch.Tensor
     num_examples: int
     num_tokens: int
+    num_pairs: int = 0
+
+    @property
+    def num_units(self) -> int:
+        """What the loss is a mean over: trained tokens, or preferences."""
+        return self.num_pairs or len(self.targets)
 
 
-def collate(examples: Sequence[Example], device: str) -> Batch:
+def collate(items: Sequence[Item], device: str) -> Batch:
     """One batch on `device`. Padding is token 0: the mask hides it, and no target ever stands there."""
+    examples = [example for item in items for example in sides_of(item)]
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
     mask = torch.zeros(len(examples), longest, dtype=torch.long)
     positions: list[int] = []
     targets: list[int] = []
+    rows: list[int] = []
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids[row, :length] = torch.tensor(example.input_ids)
@@ -43,17 +53,15 @@ def collate(examples: Sequence[Example], device: str) -> Batch:
         learned = [index for index in range(1, length) if example.trained[index]]
         positions += [row * longest + index - 1 for index in learned]
         targets += [example.input_ids[index] for index in learned]
+        rows += [row] * len(learned)
     num_tokens = sum(len(example.input_ids) for example in examples)
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=None if num_tokens == input_ids.numel() else mask.to(device),
         positions=torch.tensor(positions, device=device),
         targets=torch.tensor(targets, device=device),
-        num_examples=len(examples),
+        rows=torch.tensor(rows, device=device),
+        num_examples=len(items),
         num_tokens=num_tokens,
+        num_pairs=sum(isinstance(item, Pair) for item in items),
     )
-
-
-def count_trained(example: Example) -> int:
-    """Trained tokens of an example; the very first token has nothing before it to be predicted from."""
-    return sum(example.trained[1:])

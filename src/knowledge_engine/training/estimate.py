@@ -1,9 +1,9 @@
 """Preflight: what a training would take, found out before anything loads. No torch.
 
 Counts what `loop.py`, `loss.py` and `lora.py` keep, from the shapes in the base's files and the rows' real lengths in
-tokens. Decision record 0011 has the formula and how far it is from measured peaks, all on CPU. For CUDA the same is
-counted in the device's own number format, without what only a CPU process has; that is untested so far, hence the wider
-range there, as for architectures whose activations are not known here.
+tokens. Decision record 0011 has the formula and how far it is from measured peaks. For CUDA the same is counted in the
+device's own number format, without what only a CPU process has. The range is wider for architectures whose activations
+are not known here.
 
 Shapes: B examples, T tokens of the longest of them, H width, I inner width, V vocabulary, r rank.
 """
@@ -28,17 +28,25 @@ from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason,
 from knowledge_engine.files import read_json
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
-from knowledge_engine.text import Example
-from knowledge_engine.training.plan import CHUNK_POSITIONS, EVALUATION_BATCH_SIZE, count_steps, plan_windows
+from knowledge_engine.training.material import Item, num_tokens, num_trained, width
+from knowledge_engine.training.plan import (
+    CHUNK_POSITIONS,
+    EVALUATION_BATCH_SIZE,
+    count_steps,
+    plan_windows,
+    split_window,
+)
 
 _MIB = 2**20
 
-_LIBRARIES_BYTES = {devices.CPU: 830 * _MIB, devices.CUDA: 500 * _MIB}
-"""Resident once everything is imported (CPU), or the context and kernels of a process on the device (CUDA)."""
+_LIBRARIES_BYTES = {devices.CPU: 900 * _MIB, devices.CUDA: 830 * _MIB}
+"""Resident once everything is imported (CPU); context, kernels and cuBLAS workspaces of a process on the device (CUDA).
+Both measured."""
 _FRAGMENTATION = 1.68
 """Resident over live bytes of what the loop allocates and frees on the CPU: glibc does not reuse freed aligned blocks
-of the same size. Measured; on CUDA, torch's own allocator does, and rounds."""
+of the same size. Measured, as is the next."""
 _CUDA_FRAGMENTATION = 1.15
+"""Reserved over allocated bytes of torch's own allocator: 1.08 to 1.28, the most with a large vocabulary."""
 _LOADING_SHARE = 0.25
 """Left behind on the heap when weights are quantised on the CPU, of the float32 bytes that were."""
 
@@ -115,14 +123,16 @@ class Memory:
 
 
 class Row(NamedTuple):
-    """What counts of an example: its tokens, and those of them that are trained."""
+    """What counts of an item: the tokens that it takes up, those that go through the model, and those that are
+    trained."""
 
     length: int
+    num_tokens: int
     num_trained: int
 
     @classmethod
-    def of(cls, example: Example) -> Row:
-        return cls(len(example.input_ids), sum(example.trained[1:]))
+    def of(cls, item: Item) -> Row:
+        return cls(width(item), num_tokens(item), num_trained(item))
 
 
 @dataclass(frozen=True)
@@ -221,11 +231,12 @@ def demand_room(
     settings: Settings,
     spec: TrainingSpec,
     base: Base,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
+    train: Sequence[Item],
+    held_out: Sequence[Item],
     micro_batch: int,
-) -> None:
-    """The check of a worker, once the base is prepared and before it loads; `micro_batch` examples go at once.
+) -> Need | None:
+    """The check of a worker, once the base is prepared and before it loads; `micro_batch` examples go at once. None
+    where the store does not say who holds what.
 
     Raises:
         StateError: MEMORY_INSUFFICIENT, with the nearest settings that would fit.
@@ -241,12 +252,13 @@ def demand_room(
     try:
         state = State.open(settings.state_url, migrate=False)
         try:
-            material = Material([Row.of(example) for example in train], [Row.of(example) for example in held_out])
-            Preflight(settings, state).demand_room(halved, base, material)
+            material = Material([*map(Row.of, train)], [*map(Row.of, held_out)])
+            return Preflight(settings, state).demand_room(halved, base, material)
         finally:
             state.close()
     except UpstreamError as error:
         _LOG.warning("whether there is memory for this training could not be found out: %s", error.message)
+        return None
 
 
 class _Room:
@@ -377,7 +389,9 @@ def compute_need(shape: Shape, spec: TrainingSpec, material: Material, base: Bas
     version = adapter + tokenizer
     return Need(
         memory=_memory(shape, spec, material, adapter, num_steps, per_epoch, device),
-        disk_bytes=_CHECKPOINTS * (_ADAM_COPIES - 1) * adapter + 2 * version + _SMALL_FILES_BYTES,
+        disk_bytes=_CHECKPOINTS * (_ADAM_COPIES - 1 + spec.load_best_model_at_end) * adapter
+        + 2 * version
+        + _SMALL_FILES_BYTES,
         num_steps=num_steps,
         num_tokens=_count_tokens(spec, material, num_steps, per_epoch),
     )
@@ -392,20 +406,23 @@ def _memory(
     """
     size = 2 if device == devices.CUDA and devices.has_bfloat16() else 4
     weights = _weight_bytes(shape, size, device, use_qlora=spec.use_qlora)
-    batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch))
+    batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device)
     step = max(_step_bytes(shape, spec, batch, size) for batch in batches)
-    work = _ADAM_COPIES * adapter + max(step, (_ADAM_COPIES - 1) * adapter)
     libraries = _LIBRARIES_BYTES[device]
-    if device == devices.CUDA:
-        training = libraries + weights + round(_CUDA_FRAGMENTATION * work)
-        expected = max(training, libraries + _evaluation_bytes(shape, material.held_out, size, adapter))
-        return _range(expected, shape, 0.75, 1.3)
-    training = libraries + weights + round(_FRAGMENTATION * work)
-    evaluating = libraries + _evaluation_bytes(shape, material.held_out, size, adapter)
-    return _range(max(training, evaluating), shape, 0.85, 1.18)
+    served = size * shape.num_weights
+    copies = _ADAM_COPIES + spec.load_best_model_at_end
+    if device == devices.CUDA:  # a checkpoint's copy is made on the host, and files are not mapped
+        training = weights + round(_CUDA_FRAGMENTATION * (copies * adapter + step))
+    else:
+        work = copies * adapter + max(step, (copies - 1) * adapter)
+        training = weights + round(_FRAGMENTATION * work)
+        served = max(shape.file_bytes, served)
+    evaluating = served + _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
+    return _range(libraries + max(training, evaluating), shape)
 
 
-def _range(expected: int, shape: Shape, low: float, high: float) -> Memory:
+def _range(expected: int, shape: Shape) -> Memory:
+    low, high = 0.85, 1.18
     if shape.architecture not in _KNOWN:
         low, high = low * 0.75, high * 1.5
     return Memory(round(low * expected), expected, round(high * expected))
@@ -439,44 +456,47 @@ def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Row], size: in
     inner = _KNOWN.get(shape.architecture, 4)
     numbers = 4 * shape.width + 2 * heads_width + 2 * keys + inner * shape.inner
     kept = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
+    kept += (4 - size) * tokens * shape.num_layers * 2 * shape.width  # both norms compute in float32
     if spec.lora.dropout:
         kept += tokens * sum(linear.inputs for linear in adapted)
+    if spec.lora.use_dora:  # PEFT's own: both products and the dropped input, and NF4 weights as they are multiplied
+        kept += size * tokens * sum(2 * linear.outputs + linear.inputs for linear in adapted)
+        kept += size * shape.num_linear_weights if spec.use_qlora and spec.lora.dropout else 0
     if is_padded:
         kept += size * shape.num_layers * len(batch) * longest**2
     kept += 2 * size * (tokens + trained) * shape.width
     head = _HEAD_COPIES * 4 * min(trained, CHUNK_POSITIONS) * shape.vocabulary
     backward = _INNER_BACKWARD_COPIES * size * tokens * shape.inner
     if spec.use_qlora:
-        backward += 2 * 4 * shape.width * shape.inner
+        backward += 2 * size * shape.width * shape.inner
     return kept + max(head, backward)
 
 
 def _evaluation_bytes(shape: Shape, held_out: Sequence[Row], size: int, adapter: int) -> int:
-    """The base as it is served, with the adapter; nothing is kept for a backward pass."""
-    if not held_out:
-        return 0
+    """Besides the base as it is served, with the adapter; nothing is kept for a backward pass."""
     lengths = sorted(row.length for row in held_out)
     tokens = EVALUATION_BATCH_SIZE * lengths[-1]
     layer = size * tokens * (6 * shape.width + 3 * shape.inner)
     if len(set(lengths[-EVALUATION_BATCH_SIZE:])) > 1:  # a mask for the padding
         layer += 4 * EVALUATION_BATCH_SIZE * lengths[-1] ** 2
     head = 2 * 4 * min(tokens, CHUNK_POSITIONS) * shape.vocabulary
-    return max(shape.file_bytes, size * shape.num_weights) + 2 * adapter + layer + head
+    return 2 * adapter + layer + head
 
 
-def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int) -> Iterator[list[Row]]:
+def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str) -> Iterator[list[Row]]:
+    """What is computed at once."""
     lengths = [row.length for row in rows]
     for window in islice(plan_windows(lengths, spec), num_steps):
-        for members in window:
+        for members in split_window(window, lengths, spec, device, spec.per_device_train_batch_size):
             yield [rows[index] for index in members]
 
 
 def _count_tokens(spec: TrainingSpec, material: Material, num_steps: int, per_epoch: int) -> int:
     """Whole epochs go through everything once; of the last one only the steps that are left count."""
-    lengths = [row.length for row in material.train]
+    tokens = [row.num_tokens for row in material.train]
     whole, left = divmod(num_steps, per_epoch)
-    windows = islice(plan_windows(lengths, spec, first_epoch=whole), left)
-    return whole * sum(lengths) + sum(lengths[index] for window in windows for batch in window for index in batch)
+    windows = islice(plan_windows([row.length for row in material.train], spec, first_epoch=whole), left)
+    return whole * sum(tokens) + sum(tokens[index] for window in windows for batch in window for index in batch)
 
 
 def _linears(tensors: Mapping[str, Any], *, is_transposed: bool) -> Iterator[Linear]:

@@ -7,15 +7,17 @@ written files on the base in the serving precision.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from knowledge_engine import devices, modeling
+from knowledge_engine import modeling
 from knowledge_engine.bases import Base, describe_origin, prepare_base
 from knowledge_engine.core import (
     BASE,
@@ -24,21 +26,34 @@ from knowledge_engine.core import (
     ModelVersion,
     Progress,
     Service,
+    TrainingMethod,
     TrainingResult,
     TrainingSpec,
+    split_version,
 )
-from knowledge_engine.datasets import Datasets, split_conversations
+from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.hub import PHASES as HUB_PHASES
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
-from knowledge_engine.text import ChatText, Example, encode_conversations, read_template
+from knowledge_engine.text import ChatText, read_template
 from knowledge_engine.tracking import Tracker, open_tracker
 from knowledge_engine.training.checkpoints import Checkpoints
+from knowledge_engine.training.data import Batch
 from knowledge_engine.training.estimate import demand_room
 from knowledge_engine.training.loop import TrainedSummary, demand_finite, evaluation_batches, train
-from knowledge_engine.training.loss import mean_loss
+from knowledge_engine.training.loss import mean_loss, preference_loss, preference_margins
+from knowledge_engine.training.material import (
+    KINDS,
+    Item,
+    demand_continuable,
+    divide,
+    fit,
+    num_trained,
+    read_rows,
+    width,
+)
 from knowledge_engine.training.publishing import (
     Kept,
     Trained,
@@ -51,6 +66,8 @@ from knowledge_engine.training.publishing import (
 )
 from knowledge_engine.training.shortages import Shortages
 
+DORA_NOT_EVERYWHERE = "DORA_NOT_EVERYWHERE"
+_ROWS_PER_LINE = 20
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -58,10 +75,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 class _Material:
     """What there is to learn from, encoded."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: list[Item]
+    held_out: list[Item]
+    changes: list[str]
     dataset_digest: str
     chat_template_digest: str
+    parents: dict[str, str]
+    """Digests of what else goes into it, by the name of the version's field."""
 
 
 def run_training(context: JobContext, settings: Settings, datasets: Datasets, registry: Registry) -> TrainingResult:
@@ -93,9 +113,14 @@ def _run(
 ) -> TrainingResult:
     context.report(Progress(phase="loading"))
     base = _load_base_facts(context, settings, spec, device)
-    material = _encode(spec, base, datasets)
-    context.log(f"{len(material.train)} conversations to train on, {len(material.held_out)} held out")
-    shortages.longest_row = max(len(example.input_ids) for example in (*material.train, *material.held_out))
+    material = _encode(spec, base, datasets, registry)
+    if spec.lora.use_dora:
+        context.warn(DORA_NOT_EVERYWHERE, "vLLM does not serve DoRA adapters; this service and PEFT do")
+    for first in range(0, len(material.changes), _ROWS_PER_LINE):
+        context.log("; ".join(material.changes[first : first + _ROWS_PER_LINE]))
+    what = KINDS[spec.method]
+    context.log(f"{len(material.train)} {what} to train on, {len(material.held_out)} held out")
+    shortages.longest_row = max(map(width, (*material.train, *material.held_out)))
     tracker = open_tracker(settings, context.job, context.work_dir, context.warn, context.observe)
     context.at_end(tracker.finish)
     if tracker.run is not None:
@@ -129,23 +154,28 @@ def _obtain(
 ) -> Kept:
     """A trained and compared adapter, ready to be published: a kept one of the same training, or a new one."""
     precision = modeling.training_precision(device, use_qlora=spec.use_qlora)
-    facts = (spec, material.dataset_digest, base.digest, material.chat_template_digest, precision)
-    mark = fingerprint(*facts)
+    facts = training_facts(
+        spec, material.dataset_digest, base.digest, material.chat_template_digest, precision, material.parents
+    )
+    mark = fingerprint(facts)
     if kept := find_kept(settings, mark, context.job.id):
         context.log(f"nothing to train: job {kept.trained.job_id} trained exactly this and could not publish it")
         return kept
     if context.job.checkpoint_step is None:  # a run that is under way is never refused, it is tried
-        demand_room(settings, spec, base, material.train, material.held_out, shortages.micro_batch)
+        need = demand_room(settings, spec, base, material.train, material.held_out, shortages.micro_batch)
+        if need is not None:  # better known than at its creation, where its base was not prepared, or less goes at once
+            context.expect_memory(need.memory.expected_bytes)
     folder = registry.stage(context.job.id, context.job.attempt)
-    checkpoints = Checkpoints(context, settings, training_facts(*facts), spec.save_steps)
-    summary = _train(context, spec, base, material, folder, tracker, device, checkpoints, shortages)
-    comparison = _compare(context, base, material, folder, summary.num_steps, device)
+    checkpoints = Checkpoints(context, settings, facts, spec.save_steps)
+    start = _start_from(registry, spec)
+    summary = _train(context, spec, base, material, start, folder, tracker, device, checkpoints, shortages)
+    comparison = _compare(context, spec, base, material, folder, summary.num_steps, device)
     for name in _TOKENIZER_FILES:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
     (folder / "chat_template.jinja").write_text(read_template(base.folder), encoding="utf-8")
     context.check()
-    peak = devices.peak_memory()
+    peak = modeling.peak_device_memory(device)
     trained = Trained(job_id=context.job.id, comparison=comparison, peak_memory_bytes=peak, **asdict(summary))
     return keep(settings, mark, folder, trained)
 
@@ -189,18 +219,37 @@ class _Preparation:
             self._context.report(Progress(phase=phase, step=now[1], total_steps=100))
 
 
-def _encode(spec: TrainingSpec, base: Base, datasets: Datasets) -> _Material:
+def _start_from(registry: Registry, spec: TrainingSpec) -> Path | None:
+    """The folder of the version to go on from, whole and sound."""
+    if spec.start_from is None:
+        return None
+    version = split_version(spec.start_from)
+    registry.verify(*version)
+    return registry.folder(*version)
+
+
+def _encode(spec: TrainingSpec, base: Base, datasets: Datasets, registry: Registry) -> _Material:
     text = ChatText.load(base)
-    conversations = datasets.conversations(spec.dataset)
-    # Encoded before the split, so that errors name rows of the dataset.
-    examples = encode_conversations(conversations, text, base.max_length(spec.max_length))
-    by_identity = {id(row): example for row, example in zip(conversations, examples, strict=True)}
-    train_rows, held_out_rows = split_conversations(conversations, spec.eval_split, spec.seed)
+    parents: dict[str, str] = {}
+    if spec.start_from is not None:
+        before = registry.get(*split_version(spec.start_from))
+        demand_continuable(spec, before, base.digest, text.template_digest)
+        parents["start_from_digest"] = before.digest
+    if spec.eval_dataset is not None:
+        parents["eval_dataset_digest"] = datasets.get(spec.eval_dataset).digest
+    rows, evaluation = read_rows(datasets, spec)
+    how = (text, base.max_length(spec.max_length), spec.truncation, lambda item: item)
+    # Fitted before the split, so that errors name rows of the dataset.
+    fitted = fit(rows, *how)
+    measured = fit(evaluation, *how) if evaluation else None
+    train, held_out = divide(spec, rows, fitted.items, measured.items if measured else ())
     return _Material(
-        train=[by_identity[id(row)] for row in train_rows],
-        held_out=[by_identity[id(row)] for row in held_out_rows],
+        train=train,
+        held_out=held_out,
+        changes=[*fitted.changes, *(f"evaluation: {change}" for change in (measured.changes if measured else ()))],
         dataset_digest=datasets.get(spec.dataset).digest,
         chat_template_digest=text.template_digest,
+        parents=parents,
     )
 
 
@@ -209,6 +258,7 @@ def _train(
     spec: TrainingSpec,
     base: Base,
     material: _Material,
+    start: Path | None,
     folder: Path,
     tracker: Tracker,
     device: str,
@@ -220,6 +270,9 @@ def _train(
     model = modeling.load_base(base, modeling.training_precision(device, use_qlora=spec.use_qlora), device)
     context.check()
     tuned = modeling.attach_lora(model, spec.lora, spec.seed)
+    if start is not None:
+        modeling.load_adapter(tuned, start)
+        context.log(f"goes on from {spec.start_from}")
     micro_batch = shortages.micro_batch
     try:
         with shortages.training():
@@ -235,9 +288,15 @@ def _train(
 
 
 def _compare(
-    context: JobContext, base: Base, material: _Material, folder: Path, num_steps: int, device: str
+    context: JobContext,
+    spec: TrainingSpec,
+    base: Base,
+    material: _Material,
+    folder: Path,
+    num_steps: int,
+    device: str,
 ) -> HeldOutComparison | None:
-    """Base against tuned model on the held-out conversations; None without any."""
+    """Base against tuned model on the held-out rows; None without any."""
     if not material.held_out:
         return None
     context.report(Progress(phase="evaluating"))
@@ -245,10 +304,15 @@ def _compare(
     precision = modeling.serving_precision(device)
     model = modeling.add_adapter(modeling.load_base(base, precision, device), folder, "tuned")
     losses: list[float] = []
-    num_tokens = 0
     for done, adapter in enumerate((None, "tuned"), 1):
         modeling.select_adapter(model, adapter)
-        loss, num_tokens = mean_loss(model, evaluation_batches(material.held_out, device), context.check)
+        batches = evaluation_batches(material.held_out, device)
+        if spec.method is TrainingMethod.SFT:
+            loss, _ = mean_loss(model, batches, context.check)
+        elif adapter is None:
+            loss = math.log(2)  # the base is what it is compared with
+        else:
+            loss = _mean_preference_loss(model, batches, spec, context)
         demand_finite("the held-out loss", loss, num_steps)
         losses.append(loss)
         context.report(Progress(phase="evaluating", step=done, total_steps=2))
@@ -256,9 +320,24 @@ def _compare(
         base_loss=losses[0],
         tuned_loss=losses[1],
         num_conversations=len(material.held_out),
-        num_tokens=num_tokens,
+        num_tokens=sum(map(num_trained, material.held_out)),
         precision=precision,
     )
+
+
+@torch.no_grad()
+def _mean_preference_loss(
+    model: modeling.PeftModel, batches: Iterable[Batch], spec: TrainingSpec, context: JobContext
+) -> float:
+    """The loss per preference; tells in how many the chosen answer has gained on the rejected one."""
+    margins: list[torch.Tensor] = []
+    for batch in batches:
+        context.check()
+        margins.append(preference_margins(model, batch))
+    all_margins = torch.cat(margins)
+    won = int((all_margins > 0).sum())
+    context.log(f"{won} of {len(all_margins)} held-out preferences: the chosen answer has gained on the other")
+    return preference_loss(all_margins, spec).item() / len(all_margins)
 
 
 def _publish(
@@ -287,6 +366,7 @@ def _publish(
             dataset_digest=material.dataset_digest,
             chat_template_digest=material.chat_template_digest,
             comparison=trained.comparison,
+            parents=material.parents,
             training_precision=modeling.training_precision(device, use_qlora=spec.use_qlora),
             check=context.check,
         )
@@ -304,6 +384,7 @@ def _publish(
         tokens_per_second=trained.num_tokens / trained.seconds,
         training_seconds=trained.seconds,
         peak_memory_bytes=trained.peak_memory_bytes,
+        published_step=trained.published_step,
     )
 
 

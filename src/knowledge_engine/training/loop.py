@@ -14,28 +14,33 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import psutil
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from knowledge_engine import modeling
 from knowledge_engine.core import JobContext, JobStopped, LrSchedulerType, Progress, StopReason, TrainingSpec
 from knowledge_engine.errors import KnowledgeEngineError, Reason
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.modeling import PeftModel
-from knowledge_engine.text import Example
 from knowledge_engine.training.checkpoints import (
+    Best,
     Boundary,
     Checkpoints,
     Learned,
     Position,
     Randomness,
+    Selection,
     StepResult,
     told,
 )
-from knowledge_engine.training.data import Batch, collate, count_trained
+from knowledge_engine.training.data import Batch, collate
 from knowledge_engine.training.lora import use_fused_lora
-from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
-from knowledge_engine.training.plan import EVALUATION_BATCH_SIZE, count_steps, plan_windows
+from knowledge_engine.training.loss import check_head, loss_of, mean_loss
+from knowledge_engine.training.material import Item, num_units, width
+from knowledge_engine.training.plan import EVALUATION_BATCH_SIZE, count_steps, plan_windows, split_window
 
 _MAX_ZEROS = 5
 
@@ -45,13 +50,14 @@ Log = Callable[[dict[str, float], int], None]
 
 @dataclass(frozen=True)
 class TrainedSummary:
-    """What a run amounted to. `loss` is the mean per trained token over the last epoch's steps; evaluation is left out
-    of `seconds`."""
+    """What a run amounted to. `loss` is the mean per trained token, or preference, over the last epoch's steps;
+    evaluation is left out of `seconds`. The model holds the weights of step `published_step`."""
 
     loss: float
     num_steps: int
     num_tokens: int
     seconds: float
+    published_step: int
 
 
 def learning_rate_at(spec: TrainingSpec, step: int, total_steps: int) -> float:
@@ -72,8 +78,8 @@ def learning_rate_at(spec: TrainingSpec, step: int, total_steps: int) -> float:
 
 def train(
     model: PeftModel,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
+    items: Sequence[Item],
+    held_out: Sequence[Item],
     spec: TrainingSpec,
     context: JobContext,
     log: Log,
@@ -83,7 +89,7 @@ def train(
 ) -> TrainedSummary:
     """Trains the adapter in place, from the newest checkpoint on where there is one.
 
-    `micro_batch` examples of a batch are computed at once, by default all of it; the steps are the same.
+    At most `micro_batch` items are computed at once, by default a whole batch; the steps are the same.
 
     Raises:
         KnowledgeEngineError: NON_FINITE, naming the step.
@@ -92,39 +98,46 @@ def train(
         CapacityError: DISK_FULL, for checkpoints.
         JobStopped: from `context.check`, within one batch; one that is to go on later has left a checkpoint.
     """
-    total_steps, steps_per_epoch = count_steps(spec, len(examples))
+    total_steps, steps_per_epoch = count_steps(spec, len(items))
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(
         list(weights.values()), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True
     )
     learned = Learned(weights, optimizer)
     masks = use_fused_lora(model, spec.seed)
-    check_head(model, collate(examples[:1], device))
+    check_head(model, collate(items[:1], device))
+    loss_of_batch = loss_of(spec)
     teller = _Teller(model, held_out, spec, context, log, device, steps_per_epoch)
+    best = Best(weights) if spec.load_best_model_at_end else None
     model.train()
+    noise = _use_neftune(model, spec.neftune_noise_alpha)
 
-    position = checkpoints.resume(learned, masks, device)
-    windows = plan_windows([len(example.input_ids) for example in examples], spec)
+    position = checkpoints.resume(learned, masks, device, best)
+    lengths = [*map(width, items)]
+    windows = plan_windows(lengths, spec)
     order = hashlib.sha256()
     for _ in range(position.step):
         order.update(_names(next(windows)))
     checkpoints.check_order(position, order.hexdigest())
     boundary = Boundary(position, Randomness.capture(masks, device))
-    meter = _Meter(total_steps, position)
+    meter = _Meter(total_steps, position, device)
     recent = deque(position.recent, maxlen=steps_per_epoch)
     num_zeros = position.num_zeros
     try:
         if position.untold:
-            teller.tell(position.untold, meter)
+            boundary = told(boundary, teller.tell(position.untold, meter), best)
         for step in range(position.step + 1, total_steps + 1):
+            if _is_no_better(spec, boundary.position):
+                context.log(f"stops early, after step {step - 1}: {_patience(spec)} without a new lowest loss")
+                break
             window = next(windows)
-            num_trained = sum(count_trained(examples[index]) for batch in window for index in batch)
+            num_trained = sum(num_units(items[index]) for batch in window for index in batch)
             step_loss = 0.0
-            for members in _parts(window, micro_batch):
+            for members in split_window(window, lengths, spec, device, micro_batch or spec.per_device_train_batch_size):
                 context.check()
                 failpoint("training.batch")
-                batch = collate([examples[index] for index in members], device)
-                loss = batch_loss(model, batch)
+                batch = collate([items[index] for index in members], device)
+                loss = loss_of_batch(model, batch)
                 (loss / num_trained).backward()  # type: ignore[no-untyped-call]
                 step_loss += loss.item()
                 meter.count(batch)
@@ -143,22 +156,56 @@ def train(
             order.update(_names(window))
             recent.append((step_loss, num_trained))
             result = StepResult(step, step_loss, num_trained, learning_rate, grad_norm)
-            position = meter.position(step, order.hexdigest(), tuple(recent), num_zeros, result)
+            position = meter.position(
+                step, order.hexdigest(), tuple(recent), num_zeros, result, boundary.position.selection
+            )
             boundary = Boundary(position, Randomness.capture(masks, device))
-            teller.tell(result, meter)
-            boundary = told(boundary)
-            if step == total_steps:
-                checkpoints.save(learned, boundary, may_fail=True)
+            boundary = told(boundary, teller.tell(result, meter), best)
+            if step == total_steps or _is_no_better(spec, boundary.position):
+                checkpoints.save(learned, boundary, best, may_fail=True)
             elif not num_zeros and checkpoints.is_due(step):
-                checkpoints.save(learned, boundary)
+                checkpoints.save(learned, boundary, best)
     except JobStopped as stop:
         if stop.reason in {StopReason.PAUSED, StopReason.INTERRUPTED}:
-            checkpoints.save(learned, boundary, may_fail=True)
+            checkpoints.save(learned, boundary, best, may_fail=True)
         raise
-    losses, tokens = zip(*recent, strict=True)
-    return TrainedSummary(
-        sum(losses) / sum(tokens), total_steps, boundary.position.num_tokens, boundary.position.seconds
-    )
+    finally:
+        noise.remove()
+    position = boundary.position
+    losses, units = zip(*recent, strict=True)
+    published = position.step
+    if best is not None and position.selection.step:
+        best.restore()
+        published = position.selection.step
+        context.log(
+            f"step {published} of {position.step} is published: its loss, {position.selection.loss:.4f}, is the lowest"
+        )
+    return TrainedSummary(sum(losses) / sum(units), position.step, position.num_tokens, position.seconds, published)
+
+
+def _is_no_better(spec: TrainingSpec, position: Position) -> bool:
+    """Whether it is time to stop early."""
+    return 0 < spec.early_stopping_patience <= position.selection.num_worse
+
+
+def _patience(spec: TrainingSpec) -> str:
+    many = spec.early_stopping_patience > 1
+    return f"{spec.early_stopping_patience} evaluations" if many else "an evaluation"
+
+
+def _use_neftune(model: PeftModel, alpha: float) -> RemovableHandle:
+    """Noise on the embeddings (B, T, H) of every training batch, uniform within alpha / sqrt(T H) (Jain et al. 2023,
+    arXiv 2310.05914, algorithm 1). It comes from torch's own source of chance, which a checkpoint keeps."""
+
+    def add_noise(module: nn.Module, inputs: object, embedded: torch.Tensor) -> torch.Tensor:
+        if not alpha or not model.training:
+            return embedded
+        bound = alpha / math.sqrt(embedded.shape[-2] * embedded.shape[-1])
+        return embedded + torch.empty_like(embedded).uniform_(-bound, bound)
+
+    base: Any = model.get_base_model()
+    handle: RemovableHandle = base.get_input_embeddings().register_forward_hook(add_noise)
+    return handle
 
 
 class _Teller:
@@ -167,7 +214,7 @@ class _Teller:
     def __init__(
         self,
         model: PeftModel,
-        held_out: Sequence[Example],
+        held_out: Sequence[Item],
         spec: TrainingSpec,
         context: JobContext,
         log: Log,
@@ -182,13 +229,15 @@ class _Teller:
         self._device = device
         self._steps_per_epoch = steps_per_epoch
 
-    def tell(self, result: StepResult, meter: _Meter) -> None:
+    def tell(self, result: StepResult, meter: _Meter) -> float | None:
+        """The loss in evaluation, where the step is due for one."""
         spec, step = self._spec, result.step
         eval_loss = None
-        if spec.eval_steps and step % spec.eval_steps == 0:
+        is_last = spec.load_best_model_at_end and step == meter.total_steps
+        if spec.eval_steps and (step % spec.eval_steps == 0 or is_last):
             with meter.paused():
                 batches = evaluation_batches(self._held_out, self._device)
-                eval_loss, _ = mean_loss(self._model, batches, self._context.check)
+                eval_loss, _ = mean_loss(self._model, batches, self._context.check, loss_of(spec))
             demand_finite("the held-out loss", eval_loss, step)
             self._log({"eval/loss": eval_loss, "train/global_step": step}, step)
         if step % spec.logging_steps == 0 or step == meter.total_steps or eval_loss is not None:
@@ -202,6 +251,7 @@ class _Teller:
             )
             self._context.report(progress)
             self._log(_metrics(progress), step)
+        return eval_loss
 
 
 def demand_finite(quantity: str, value: float, step: int) -> None:
@@ -229,19 +279,11 @@ def _demand_movement(num_zeros: int, step: int, total_steps: int) -> None:
         )
 
 
-def evaluation_batches(held_out: Sequence[Example], device: str) -> Iterator[Batch]:
-    """All held-out examples, in batches of similar lengths."""
-    ordered = sorted(held_out, key=lambda example: len(example.input_ids))
+def evaluation_batches(held_out: Sequence[Item], device: str) -> Iterator[Batch]:
+    """All held-out items, in batches of similar lengths."""
+    ordered = sorted(held_out, key=width)
     for first in range(0, len(ordered), EVALUATION_BATCH_SIZE):
         yield collate(ordered[first : first + EVALUATION_BATCH_SIZE], device)
-
-
-def _parts(window: list[list[int]], micro_batch: int | None) -> Iterator[list[int]]:
-    """The batches of a step, cut into what is computed at once."""
-    for members in window:
-        size = micro_batch or len(members)
-        for first in range(0, len(members), size):
-            yield members[first : first + size]
 
 
 def _names(window: list[list[int]]) -> bytes:
@@ -265,9 +307,9 @@ def _metrics(progress: Progress) -> dict[str, float]:
 class _Meter:
     """Counts what went through and how long it took, in all and since the last report."""
 
-    def __init__(self, total_steps: int, start: Position) -> None:
+    def __init__(self, total_steps: int, start: Position, device: str) -> None:
         self.total_steps = total_steps
-        self._process = psutil.Process()
+        self._device = device
         self._started = self._reported = time.perf_counter()
         self._paused_seconds = 0.0
         self._seconds_before = start.seconds
@@ -285,10 +327,18 @@ class _Meter:
         self._num_tokens += batch.num_tokens
 
     def position(
-        self, step: int, order: str, recent: tuple[tuple[float, int], ...], num_zeros: int, untold: StepResult
+        self,
+        step: int,
+        order: str,
+        recent: tuple[tuple[float, int], ...],
+        num_zeros: int,
+        untold: StepResult,
+        selection: Selection,
     ) -> Position:
         """Where the training stands now, after a step."""
-        return Position(step, order, self._num_examples, self._num_tokens, self.seconds, recent, num_zeros, untold)
+        return Position(
+            step, order, self._num_examples, self._num_tokens, self.seconds, recent, num_zeros, untold, selection
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -313,5 +363,5 @@ class _Meter:
             examples_per_second=(self._num_examples - num_examples) / passed,
             tokens_per_second=(self._num_tokens - num_tokens) / passed,
             eta_seconds=self.seconds / step * (self.total_steps - step),
-            memory_bytes=self._process.memory_info().rss,
+            memory_bytes=modeling.device_memory(self._device),
         )

@@ -58,13 +58,15 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def use_fused_lora(model: PeftModel, seed: int) -> Masks:
-    """Lets every adapted layer of `model` compute through `_LoraLinear` while it trains; evaluation stays PEFT's.
+    """Lets every adapted layer of `model` compute through `_LoraLinear` while it trains. Evaluation stays PEFT's,
+    and so does all of DoRA.
 
     `seed` decides what dropout drops, through the masks that are returned.
     """
     masks = Masks(seed)
     for layer in adapted_linears(model):
-        layer.module.forward = _forward(layer, layer.module.forward, masks)
+        if not layer.is_dora:
+            layer.module.forward = _forward(layer, layer.module.forward, masks)
     return masks
 
 

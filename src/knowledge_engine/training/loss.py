@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from knowledge_engine.core import TrainingMethod, TrainingSpec
 from knowledge_engine.errors import InvalidSpecError, Reason
-from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head
+from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head, without_adapter
 from knowledge_engine.training.data import Batch
 from knowledge_engine.training.plan import CHUNK_POSITIONS
 
@@ -24,59 +25,104 @@ Model = PreTrainedModel | PeftModel
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Summed loss of hidden states (N, H) through a frozen head. The gradient is computed chunk by chunk on the way
-    forward, so that no more than one chunk of logits is ever kept."""
+    """Losses (N,) of hidden states (N, H) through a frozen head. Their gradients are computed chunk by chunk on the way
+    forward, so that no more than one chunk of logits is ever kept: each state has a loss of its own."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Callable[..., Any]) -> torch.Tensor:
-        total = torch.zeros((), device=hidden.device)
+        losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         for states, tokens in _chunks(hidden, targets):
             with torch.enable_grad():
                 leaf = states.detach().requires_grad_()
-                loss = functional.cross_entropy(head(leaf).float(), tokens, reduction="sum")
-                gradients += torch.autograd.grad(loss, leaf)
-            total += loss.detach()
+                loss = functional.cross_entropy(head(leaf).float(), tokens, reduction="none")
+                gradients += torch.autograd.grad(loss.sum(), leaf)
+            losses.append(loss.detach())
         ctx.save_for_backward(torch.cat(gradients))
-        return total
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+        return gradient * grad_outputs[0].to(gradient.dtype).unsqueeze(1), None, None
+
+
+Loss = Callable[[Model, Batch], torch.Tensor]
+"""The loss of a batch, summed over its units, in nats."""
+
+
+def loss_of(spec: TrainingSpec) -> Loss:
+    """What the spec's method minimises."""
+    if spec.method is TrainingMethod.SFT:
+        return batch_loss
+
+    def of_preferences(model: Model, batch: Batch) -> torch.Tensor:
+        assert isinstance(model, PeftModel)  # the reference is the base without its adapter
+        return preference_loss(preference_margins(model, batch), spec)
+
+    return of_preferences
 
 
 def batch_loss(model: Model, batch: Batch) -> torch.Tensor:
     """Summed negative log-likelihood of the trained tokens, in nats; divide by N for the mean."""
+    return token_losses(model, batch).sum()
+
+
+def preference_loss(margins: torch.Tensor, spec: TrainingSpec) -> torch.Tensor:
+    """The sigmoid loss of DPO, summed over the preferences (Rafailov et al. 2023, arXiv 2305.18290, equation 7)."""
+    assert spec.beta is not None
+    return -functional.logsigmoid(spec.beta * margins).sum()
+
+
+def preference_margins(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """By how much more the adapter favours each chosen answer over the rejected one than the bare base does (P,), in
+    nats. Times beta these are the margins of the implicit rewards."""
+    with torch.no_grad(), without_adapter(model):
+        reference = _favours(model, batch)
+    return _favours(model, batch) - reference
+
+
+def _favours(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """log p(chosen) - log p(rejected) of each preference (P,)."""
+    losses = token_losses(model, batch)
+    answers = losses.new_zeros(2 * batch.num_pairs).index_add(0, batch.rows, losses)
+    return answers[1::2] - answers[::2]
+
+
+def token_losses(model: Model, batch: Batch) -> torch.Tensor:
+    """Negative log-likelihood of every trained token (N,), in nats."""
     body, head = body_and_head(model)
     states = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
     hidden = states.flatten(0, 1)[batch.positions]
     if hidden.requires_grad:
         return _HeadLoss.apply(hidden, batch.targets, head)  # type: ignore[no-any-return, no-untyped-call]
     losses = [
-        functional.cross_entropy(head(states).float(), tokens, reduction="sum")
+        functional.cross_entropy(head(states).float(), tokens, reduction="none")
         for states, tokens in _chunks(hidden, batch.targets)
     ]
-    return torch.stack(losses).sum()
+    return torch.cat(losses)
 
 
 @torch.no_grad()
-def mean_loss(model: Model, batches: Iterable[Batch], check: Callable[[], None]) -> tuple[float, int]:
-    """Mean negative log-likelihood per trained token over all batches, in evaluation mode, and how many tokens that is.
+def mean_loss(
+    model: Model, batches: Iterable[Batch], check: Callable[[], None], loss: Loss = batch_loss
+) -> tuple[float, int]:
+    """Mean loss per unit over all batches, in evaluation mode, and how many units that is: trained tokens, or
+    preferences.
 
     `check` runs before every batch and may raise.
     """
     was_training = model.training
     model.eval()
-    total, num_tokens = 0.0, 0
+    total, num_units = 0.0, 0
     try:
         for batch in batches:
             check()
-            total += batch_loss(model, batch).item()
-            num_tokens += len(batch.targets)
+            total += loss(model, batch).item()
+            num_units += batch.num_units
     finally:
         model.train(was_training)
-    return total / num_tokens, num_tokens
+    return total / num_units, num_units
 
 
 @torch.no_grad()

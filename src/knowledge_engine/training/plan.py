@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
+from knowledge_engine import devices
 from knowledge_engine.core import TrainingSpec
 from knowledge_engine.files import read_json, replace_durably
 
@@ -20,6 +21,9 @@ CHUNK_POSITIONS = 512
 """Logits of so many positions exist at a time: 100 MB with a vocabulary of 49,152."""
 
 _MICRO_BATCH = "micro_batch.json"
+_TOKENS_AT_ONCE = {devices.CPU: 512, devices.CUDA: 16_384}
+"""Tokens of one forward pass, padding included. More would take memory and make a CPU no faster (`bench_training.py`
+shows it); a GPU wants to be filled."""
 _POOL_BATCHES = 64
 """Examples are sorted by length within pools of so many batches: little padding, yet other neighbours every epoch."""
 
@@ -73,3 +77,23 @@ def plan_windows(lengths: Sequence[int], spec: TrainingSpec, first_epoch: int = 
         plan = plan_batches(lengths, spec.per_device_train_batch_size, spec.seed, epoch)
         for first in range(0, len(plan), spec.gradient_accumulation_steps):
             yield plan[first : first + spec.gradient_accumulation_steps]
+
+
+def split_window(
+    window: Sequence[Sequence[int]], lengths: Sequence[int], spec: TrainingSpec, device: str, micro_batch: int
+) -> list[list[int]]:
+    """The examples of an optimizer step in the parts that are computed at once, the shortest first.
+
+    A part has at most `micro_batch` examples and, padding included, as many tokens as are worth computing at once on
+    `device`, or one example that alone has more. Where less than the spec's batch goes at once since memory ran out,
+    fewer tokens do as well.
+    """
+    max_tokens = _TOKENS_AT_ONCE[device] * micro_batch // spec.per_device_train_batch_size
+    parts: list[list[int]] = []
+    for index in sorted((index for batch in window for index in batch), key=lambda index: lengths[index]):
+        # The newest is the longest, so it says how wide the part becomes.
+        if parts and len(parts[-1]) < micro_batch and (len(parts[-1]) + 1) * lengths[index] <= max_tokens:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +61,7 @@ class Trained(BaseModel):
     seconds: float
     peak_memory_bytes: int
     comparison: HeldOutComparison | None
+    published_step: int = 0
     files: dict[str, str] = {}
 
 
@@ -77,24 +78,27 @@ class Kept:
 
 
 def training_facts(
-    spec: TrainingSpec, dataset_digest: str, base_digest: str, chat_template_digest: str, training_precision: str
+    spec: TrainingSpec,
+    dataset_digest: str,
+    base_digest: str,
+    chat_template_digest: str,
+    training_precision: str,
+    parents: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What goes into a training."""
+    """What goes into a training. `parents` are the digests of what only some have."""
     return {
         "spec": spec.model_dump(mode="json"),
         "dataset_digest": dataset_digest,
         "base_digest": base_digest,
         "chat_template_digest": chat_template_digest,
         "training_precision": training_precision,
+        **parents,
     }
 
 
-def fingerprint(
-    spec: TrainingSpec, dataset_digest: str, base_digest: str, chat_template_digest: str, training_precision: str
-) -> str:
+def fingerprint(facts: Mapping[str, Any]) -> str:
     """What makes two trainings the same, down to the libraries that they run on."""
-    facts = training_facts(spec, dataset_digest, base_digest, chat_template_digest, training_precision)
-    facts["libraries"] = {name: version(name) for name in LIBRARIES}
+    facts = {**facts, "libraries": {name: version(name) for name in LIBRARIES}}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -14,13 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-import torch
-
+from knowledge_engine import devices, modeling
 from knowledge_engine.core import JobContext, JobStopped, StopReason, TrainingSpec
 from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason
 from knowledge_engine.files import read_json, replace_durably
-from knowledge_engine.modeling import is_out_of_memory
 from knowledge_engine.settings import Settings
 from knowledge_engine.training.plan import CHECKPOINTS, halve_micro_batch, read_micro_batch
 from knowledge_engine.training.publishing import wait
@@ -103,7 +100,7 @@ class Shortages:
                 self._wait_for_room(error)
                 raise JobStopped(StopReason.RETRY, "the disk was full; it goes on from what is kept") from error
             raise disk_full(error, self._settings.data_dir, "the job could not write its files") from error
-        if is_out_of_memory(error):
+        if modeling.is_out_of_memory(error):
             if message := self._halved():
                 self._context.warn(Reason.OUT_OF_MEMORY.value, message)
                 raise JobStopped(StopReason.RETRY, message) from error
@@ -135,16 +132,19 @@ class Shortages:
         return halve_micro_batch(self._context.work_dir, self._spec)
 
     def _out_of_memory(self, error: Exception) -> KnowledgeEngineError:
-        resident = psutil.Process().memory_info().rss
-        device_bytes = _device_memory_bytes(self._device)
+        held = modeling.peak_device_memory(self._device)
+        device_bytes = devices.total_memory(self._settings)
         micro_batch = self.micro_batch
         rows = f", the longest conversation has {self.longest_row} tokens" if self.longest_row else ""
+        in_use = devices.memory_in_use()
         return KnowledgeEngineError(
-            f"memory ran out: {self._device} has {device_bytes / 2**30:.1f} GiB, the worker holds "
-            f"{resident / 2**30:.1f} GiB, micro-batch {micro_batch}{rows}; {self._advice(micro_batch)}",
+            f"memory ran out: of {device_bytes / 2**30:.1f} GiB on {self._device}, {in_use / 2**30:.1f} GiB are in use "
+            f"and the worker held at most {held / 2**30:.1f} GiB, micro-batch {micro_batch}{rows}; "
+            f"{self._advice(micro_batch)}",
             reason=Reason.OUT_OF_MEMORY,
             device_bytes=device_bytes,
-            resident_bytes=resident,
+            in_use_bytes=in_use,
+            held_bytes=held,
             micro_batch=micro_batch,
             longest_row=self.longest_row,
             cause=str(error)[:200],
@@ -158,9 +158,3 @@ class Shortages:
                 "" if self._spec.use_qlora else ", or set use_qlora"
             )
         return "a smaller base model" + ("" if self._spec.use_qlora else ", or use_qlora,") + " needs less"
-
-
-def _device_memory_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total

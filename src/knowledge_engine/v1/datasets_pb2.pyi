@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from knowledge_engine.v1 import training_pb2 as _training_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -29,9 +30,17 @@ class _DatasetKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DatasetKi
     DATASET_KIND_UNSPECIFIED: _DatasetKind.ValueType  # 0
     """Never sent."""
     DATASET_KIND_CONVERSATIONS: _DatasetKind.ValueType  # 1
-    """Chat JSONL: one `{"messages": [{"role", "content"}, ...]}` a line."""
+    """Chat JSONL: one `{"messages": [{"role", "content", "weight"}, ...], "products"}` a line. `weight` 0 on a message of
+    the assistant shows it and learns nothing from it; `products` are the rows of a catalogue that the prompt shows.
+    """
     DATASET_KIND_CATALOGUE: _DatasetKind.ValueType  # 2
     """Products: `id`, `title`, `price`, `currency`, `category`, `brand`, `description`, `attributes`, `in_stock`."""
+    DATASET_KIND_PREFERENCES: _DatasetKind.ValueType  # 3
+    """Two answers of which one is better, one `{"prompt", "chosen", "rejected"}` a line, each a list of messages; without
+    `prompt`, what both answers begin with is the prompt.
+    """
+    DATASET_KIND_EVALUATION: _DatasetKind.ValueType  # 4
+    """Conversations to measure models on, never to train them; laid out as conversations."""
 
 class DatasetKind(_DatasetKind, metaclass=_DatasetKindEnumTypeWrapper):
     """What the rows of a dataset are."""
@@ -39,9 +48,17 @@ class DatasetKind(_DatasetKind, metaclass=_DatasetKindEnumTypeWrapper):
 DATASET_KIND_UNSPECIFIED: DatasetKind.ValueType  # 0
 """Never sent."""
 DATASET_KIND_CONVERSATIONS: DatasetKind.ValueType  # 1
-"""Chat JSONL: one `{"messages": [{"role", "content"}, ...]}` a line."""
+"""Chat JSONL: one `{"messages": [{"role", "content", "weight"}, ...], "products"}` a line. `weight` 0 on a message of
+the assistant shows it and learns nothing from it; `products` are the rows of a catalogue that the prompt shows.
+"""
 DATASET_KIND_CATALOGUE: DatasetKind.ValueType  # 2
 """Products: `id`, `title`, `price`, `currency`, `category`, `brand`, `description`, `attributes`, `in_stock`."""
+DATASET_KIND_PREFERENCES: DatasetKind.ValueType  # 3
+"""Two answers of which one is better, one `{"prompt", "chosen", "rejected"}` a line, each a list of messages; without
+`prompt`, what both answers begin with is the prompt.
+"""
+DATASET_KIND_EVALUATION: DatasetKind.ValueType  # 4
+"""Conversations to measure models on, never to train them; laid out as conversations."""
 Global___DatasetKind: _TypeAlias = DatasetKind  # noqa: Y015
 
 class _DatasetFormat:
@@ -56,6 +73,14 @@ class _DatasetFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dataset
     """One JSON object a line, UTF-8."""
     DATASET_FORMAT_CSV: _DatasetFormat.ValueType  # 2
     """Comma-separated with a header line, UTF-8; catalogues only. Columns beyond the product's fields are its attributes."""
+    DATASET_FORMAT_SHAREGPT: _DatasetFormat.ValueType  # 3
+    """ShareGPT, for conversations and evaluations: `{"conversations": [{"from", "value"}, ...], "system", "id"}`, as one
+    JSON array or one object a line. The id is left out.
+    """
+    DATASET_FORMAT_ALPACA: _DatasetFormat.ValueType  # 4
+    """Alpaca, for conversations and evaluations: `{"instruction", "input", "output", "system", "history"}`, as one JSON
+    array or one object a line. The input follows its instruction on a line of its own.
+    """
 
 class DatasetFormat(_DatasetFormat, metaclass=_DatasetFormatEnumTypeWrapper):
     """How uploaded bytes are laid out."""
@@ -66,6 +91,14 @@ DATASET_FORMAT_JSONL: DatasetFormat.ValueType  # 1
 """One JSON object a line, UTF-8."""
 DATASET_FORMAT_CSV: DatasetFormat.ValueType  # 2
 """Comma-separated with a header line, UTF-8; catalogues only. Columns beyond the product's fields are its attributes."""
+DATASET_FORMAT_SHAREGPT: DatasetFormat.ValueType  # 3
+"""ShareGPT, for conversations and evaluations: `{"conversations": [{"from", "value"}, ...], "system", "id"}`, as one
+JSON array or one object a line. The id is left out.
+"""
+DATASET_FORMAT_ALPACA: DatasetFormat.ValueType  # 4
+"""Alpaca, for conversations and evaluations: `{"instruction", "input", "output", "system", "history"}`, as one JSON
+array or one object a line. The input follows its instruction on a line of its own.
+"""
 Global___DatasetFormat: _TypeAlias = DatasetFormat  # noqa: Y015
 
 @_typing.final
@@ -89,7 +122,7 @@ class Dataset(_message.Message):
     digest: _builtins.str
     """Digest of its stored content, `sha256:...`."""
     num_rows: _builtins.int
-    """Rows: conversations or products."""
+    """Rows: conversations, products or preferences."""
     size_bytes: _builtins.int
     """Size of its stored content in bytes."""
     job: _builtins.str
@@ -344,3 +377,413 @@ class DeleteDatasetResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteDatasetResponse: _TypeAlias = DeleteDatasetResponse  # noqa: Y015
+
+@_typing.final
+class PreviewDatasetRequest(_message.Message):
+    """Request of PreviewDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Conversations, preferences or an evaluation, `datasets/{dataset}`."""
+    base_model: _builtins.str
+    """The base model: `base`, or one of the operator's KNOWLEDGE_BASE_MODELS. `base` when empty."""
+    max_length: _builtins.int
+    """Longest conversation in tokens, as in TrainingSpec. Default as there."""
+    truncation: _training_pb2.Truncation.ValueType
+    """What becomes of a longer one, as in TrainingSpec; every such row is named. An error when unset."""
+    page_size: _builtins.int
+    """Rows to show: 1 to 100, 10 when unset or 0."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first."""
+    skip: _builtins.int
+    """Rows to leave out before the first one shown, 0 or more."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        max_length: _builtins.int | None = ...,
+        truncation: _training_pb2.Truncation.ValueType = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        skip: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_length", b"_max_length", "max_length", b"max_length"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_length", b"_max_length", "base_model", b"base_model", "max_length", b"max_length", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "skip", b"skip", "truncation", b"truncation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
+    _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
+
+Global___PreviewDatasetRequest: _TypeAlias = PreviewDatasetRequest  # noqa: Y015
+
+@_typing.final
+class PreviewDatasetResponse(_message.Message):
+    """Response of PreviewDataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_DIGEST_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    chat_template_digest: _builtins.str
+    """Digest of the chat template, `sha256:...`; a version carries the one it was trained with."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewedRow]:
+        """In the order of the dataset."""
+
+    @_builtins.property
+    def dataset(self) -> Global___DatasetPreview:
+        """What becomes of all rows of the dataset."""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[Global___PreviewedRow] | None = ...,
+        next_page_token: _builtins.str = ...,
+        dataset: Global___DatasetPreview | None = ...,
+        chat_template_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_digest", b"chat_template_digest", "dataset", b"dataset", "next_page_token", b"next_page_token", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewDatasetResponse: _TypeAlias = PreviewDatasetResponse  # noqa: Y015
+
+@_typing.final
+class PreviewedRow(_message.Message):
+    """A row as a training would see it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Answer(_message.Message):
+        """The other side of a preference."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TEXT_FIELD_NUMBER: _builtins.int
+        TOKENS_FIELD_NUMBER: _builtins.int
+        NUM_TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+        text: _builtins.str
+        """As the chat template writes it."""
+        num_trained_tokens: _builtins.int
+        """How many of them are trained."""
+        @_builtins.property
+        def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewedRow.Token]:
+            """Its tokens; their texts, joined, are `text`."""
+
+        def __init__(
+            self,
+            *,
+            text: _builtins.str = ...,
+            tokens: _abc.Iterable[Global___PreviewedRow.Token] | None = ...,
+            num_trained_tokens: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["num_trained_tokens", b"num_trained_tokens", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Token(_message.Message):
+        """One token."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ID_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        IS_TRAINED_FIELD_NUMBER: _builtins.int
+        IS_CONTROL_FIELD_NUMBER: _builtins.int
+        id: _builtins.int
+        """Its number in the vocabulary."""
+        text: _builtins.str
+        """Its part of the text; empty where it only ends a character that the one before has begun."""
+        is_trained: _builtins.bool
+        """Whether it is learned."""
+        is_control: _builtins.bool
+        """Whether it steers, such as one that ends a turn; what users write never becomes one."""
+        def __init__(
+            self,
+            *,
+            id: _builtins.int = ...,
+            text: _builtins.str = ...,
+            is_trained: _builtins.bool = ...,
+            is_control: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "is_control", b"is_control", "is_trained", b"is_trained", "text", b"text"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROW_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    row: _builtins.int
+    """Counted from 1."""
+    text: _builtins.str
+    """The conversation as the chat template writes it; of a preference, the prompt with the chosen answer."""
+    num_trained_tokens: _builtins.int
+    """How many of them are trained."""
+    problem: _builtins.str
+    """Why a training would refuse it; empty when it would not. A row that cannot be rendered has no tokens."""
+    change: _builtins.str
+    """What truncation does to it; empty for nothing. A row that is dropped has no tokens."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewedRow.Token]:
+        """Its tokens; their texts, joined, are `text`."""
+
+    @_builtins.property
+    def rejected(self) -> Global___PreviewedRow.Answer:
+        """Of a preference, the prompt with the rejected answer."""
+
+    def __init__(
+        self,
+        *,
+        row: _builtins.int = ...,
+        text: _builtins.str = ...,
+        tokens: _abc.Iterable[Global___PreviewedRow.Token] | None = ...,
+        num_trained_tokens: _builtins.int = ...,
+        problem: _builtins.str = ...,
+        change: _builtins.str = ...,
+        rejected: Global___PreviewedRow.Answer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rejected", b"rejected"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "num_trained_tokens", b"num_trained_tokens", "problem", b"problem", "rejected", b"rejected", "row", b"row", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewedRow: _TypeAlias = PreviewedRow  # noqa: Y015
+
+@_typing.final
+class DatasetPreview(_message.Message):
+    """What becomes of all rows of a dataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumMessagesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LengthBin(_message.Message):
+        """Rows of one range of lengths."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MAX_TOKENS_FIELD_NUMBER: _builtins.int
+        NUM_ROWS_FIELD_NUMBER: _builtins.int
+        max_tokens: _builtins.int
+        """The longest of the range, in tokens; the range before it ends below."""
+        num_rows: _builtins.int
+        """Rows in it."""
+        def __init__(
+            self,
+            *,
+            max_tokens: _builtins.int = ...,
+            num_rows: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "num_rows", b"num_rows"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class NearDuplicate(_message.Message):
+        """A row that says what an earlier one says."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROW_FIELD_NUMBER: _builtins.int
+        OF_ROW_FIELD_NUMBER: _builtins.int
+        row: _builtins.int
+        """Counted from 1."""
+        of_row: _builtins.int
+        """The earlier one."""
+        def __init__(
+            self,
+            *,
+            row: _builtins.int = ...,
+            of_row: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["of_row", b"of_row", "row", b"row"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class TokenLengths(_message.Message):
+        """Lengths in tokens; all 0 without rows."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        MIN_FIELD_NUMBER: _builtins.int
+        MEDIAN_FIELD_NUMBER: _builtins.int
+        P95_FIELD_NUMBER: _builtins.int
+        MAX_FIELD_NUMBER: _builtins.int
+        MEAN_FIELD_NUMBER: _builtins.int
+        min: _builtins.int
+        """The shortest."""
+        median: _builtins.int
+        """Half of the rows are no longer."""
+        p95: _builtins.int
+        """19 of 20 rows are no longer."""
+        max: _builtins.int
+        """The longest."""
+        mean: _builtins.float
+        """The mean."""
+        def __init__(
+            self,
+            *,
+            min: _builtins.int = ...,
+            median: _builtins.int = ...,
+            p95: _builtins.int = ...,
+            max: _builtins.int = ...,
+            mean: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["max", b"max", "mean", b"mean", "median", b"median", "min", b"min", "p95", b"p95"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Issue(_message.Message):
+        """A row and what is wrong with it, or done to it."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROW_FIELD_NUMBER: _builtins.int
+        PROBLEM_FIELD_NUMBER: _builtins.int
+        row: _builtins.int
+        """Counted from 1."""
+        problem: _builtins.str
+        """What is wrong with it, or done to it, in a sentence."""
+        def __init__(
+            self,
+            *,
+            row: _builtins.int = ...,
+            problem: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem", "row", b"row"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    NUM_ISSUES_FIELD_NUMBER: _builtins.int
+    ISSUES_FIELD_NUMBER: _builtins.int
+    NUM_CHANGES_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    NUM_MESSAGES_FIELD_NUMBER: _builtins.int
+    NUM_LEARNED_MESSAGES_FIELD_NUMBER: _builtins.int
+    NUM_NEAR_DUPLICATES_FIELD_NUMBER: _builtins.int
+    NEAR_DUPLICATES_FIELD_NUMBER: _builtins.int
+    LENGTH_BINS_FIELD_NUMBER: _builtins.int
+    num_rows: _builtins.int
+    """Rows."""
+    num_tokens: _builtins.int
+    """Tokens of all rows that can be rendered."""
+    num_trained_tokens: _builtins.int
+    """Those of them that are trained."""
+    num_issues: _builtins.int
+    """Rows that a training would refuse."""
+    num_changes: _builtins.int
+    """Rows that truncation shortens or drops."""
+    num_learned_messages: _builtins.int
+    """Messages of the assistant that are learned; those of weight 0 are not."""
+    num_near_duplicates: _builtins.int
+    """Rows that say the same as an earlier one, or nearly the same: a Jaccard similarity of their three-word sequences of
+    at least 0.8. A split keeps them on one side.
+    """
+    @_builtins.property
+    def lengths(self) -> Global___DatasetPreview.TokenLengths:
+        """How long these rows are, in tokens; a preference as long as the longer of its two sides."""
+
+    @_builtins.property
+    def issues(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetPreview.Issue]:
+        """The first 1000 of them."""
+
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetPreview.Issue]:
+        """The first 1000 of them."""
+
+    @_builtins.property
+    def num_messages(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Messages of all rows, by role."""
+
+    @_builtins.property
+    def near_duplicates(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetPreview.NearDuplicate]:
+        """The first 1000 of them."""
+
+    @_builtins.property
+    def length_bins(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetPreview.LengthBin]:
+        """How many rows have how many tokens, shortest first."""
+
+    def __init__(
+        self,
+        *,
+        num_rows: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        num_trained_tokens: _builtins.int = ...,
+        lengths: Global___DatasetPreview.TokenLengths | None = ...,
+        num_issues: _builtins.int = ...,
+        issues: _abc.Iterable[Global___DatasetPreview.Issue] | None = ...,
+        num_changes: _builtins.int = ...,
+        changes: _abc.Iterable[Global___DatasetPreview.Issue] | None = ...,
+        num_messages: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        num_learned_messages: _builtins.int = ...,
+        num_near_duplicates: _builtins.int = ...,
+        near_duplicates: _abc.Iterable[Global___DatasetPreview.NearDuplicate] | None = ...,
+        length_bins: _abc.Iterable[Global___DatasetPreview.LengthBin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lengths", b"lengths"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "issues", b"issues", "length_bins", b"length_bins", "lengths", b"lengths", "near_duplicates", b"near_duplicates", "num_changes", b"num_changes", "num_issues", b"num_issues", "num_learned_messages", b"num_learned_messages", "num_messages", b"num_messages", "num_near_duplicates", b"num_near_duplicates", "num_rows", b"num_rows", "num_tokens", b"num_tokens", "num_trained_tokens", b"num_trained_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetPreview: _TypeAlias = DatasetPreview  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class DatasetServiceStub:
-    """Catalogues and conversations. A dataset never changes: its name stands for one content for ever.
+    """Catalogues, conversations, preferences and evaluations. A dataset never changes: its name stands for one content for ever.
     """
 
     def __init__(self, channel):
@@ -55,15 +55,21 @@ class DatasetServiceStub:
                 request_serializer=knowledge__engine_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
                 response_deserializer=knowledge__engine_dot_v1_dot_datasets__pb2.DeleteDatasetResponse.FromString,
                 _registered_method=True)
+        self.PreviewDataset = channel.unary_unary(
+                '/knowledge_engine.v1.DatasetService/PreviewDataset',
+                request_serializer=knowledge__engine_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.SerializeToString,
+                response_deserializer=knowledge__engine_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.FromString,
+                _registered_method=True)
 
 
 class DatasetServiceServicer:
-    """Catalogues and conversations. A dataset never changes: its name stands for one content for ever.
+    """Catalogues, conversations, preferences and evaluations. A dataset never changes: its name stands for one content for ever.
     """
 
     def UploadDataset(self, request_iterator, context):
         """Stores a dataset. The first message holds the metadata, the following ones the bytes in order. Every row is
-        checked, and the first broken ones are named by line number; nothing is stored unless all are sound.
+        checked, and the first broken ones are named by line number with a code as the violation's reason; nothing is stored
+        unless all are sound.
         Sending the same content under the same name again returns the stored dataset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +92,14 @@ class DatasetServiceServicer:
 
     def DeleteDataset(self, request, context):
         """Deletes a dataset that no unfinished job uses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreviewDataset(self, request, context):
+        """Shows what a base's chat template makes of conversations: their text, its tokens, and which of them would be
+        trained.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +128,11 @@ def add_DatasetServiceServicer_to_server(servicer, server):
                     request_deserializer=knowledge__engine_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.FromString,
                     response_serializer=knowledge__engine_dot_v1_dot_datasets__pb2.DeleteDatasetResponse.SerializeToString,
             ),
+            'PreviewDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewDataset,
+                    request_deserializer=knowledge__engine_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.FromString,
+                    response_serializer=knowledge__engine_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'knowledge_engine.v1.DatasetService', rpc_method_handlers)
@@ -123,7 +142,7 @@ def add_DatasetServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DatasetService:
-    """Catalogues and conversations. A dataset never changes: its name stands for one content for ever.
+    """Catalogues, conversations, preferences and evaluations. A dataset never changes: its name stands for one content for ever.
     """
 
     @staticmethod
@@ -224,6 +243,33 @@ class DatasetService:
             '/knowledge_engine.v1.DatasetService/DeleteDataset',
             knowledge__engine_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
             knowledge__engine_dot_v1_dot_datasets__pb2.DeleteDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knowledge_engine.v1.DatasetService/PreviewDataset',
+            knowledge__engine_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.SerializeToString,
+            knowledge__engine_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

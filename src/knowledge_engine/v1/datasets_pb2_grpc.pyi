@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DatasetServiceStub:
-    """Catalogues and conversations. A dataset never changes: its name stands for one content for ever."""
+    """Catalogues, conversations, preferences and evaluations. A dataset never changes: its name stands for one content for ever."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,7 +35,8 @@ class DatasetServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DatasetServiceAsyncStub: ...
     UploadDataset: _grpc.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetRequest, _datasets_pb2.UploadDatasetResponse]
     """Stores a dataset. The first message holds the metadata, the following ones the bytes in order. Every row is
-    checked, and the first broken ones are named by line number; nothing is stored unless all are sound.
+    checked, and the first broken ones are named by line number with a code as the violation's reason; nothing is stored
+    unless all are sound.
     Sending the same content under the same name again returns the stored dataset.
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]
@@ -44,15 +45,20 @@ class DatasetServiceStub:
     """Lists datasets, newest first."""
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]
     """Deletes a dataset that no unfinished job uses."""
+    PreviewDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PreviewDatasetRequest, _datasets_pb2.PreviewDatasetResponse]
+    """Shows what a base's chat template makes of conversations: their text, its tokens, and which of them would be
+    trained.
+    """
 
 @_typing.type_check_only
 class DatasetServiceAsyncStub(DatasetServiceStub):
-    """Catalogues and conversations. A dataset never changes: its name stands for one content for ever."""
+    """Catalogues, conversations, preferences and evaluations. A dataset never changes: its name stands for one content for ever."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadDataset: _aio.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetRequest, _datasets_pb2.UploadDatasetResponse]  # type: ignore[assignment]
     """Stores a dataset. The first message holds the metadata, the following ones the bytes in order. Every row is
-    checked, and the first broken ones are named by line number; nothing is stored unless all are sound.
+    checked, and the first broken ones are named by line number with a code as the violation's reason; nothing is stored
+    unless all are sound.
     Sending the same content under the same name again returns the stored dataset.
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]  # type: ignore[assignment]
@@ -61,9 +67,13 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     """Lists datasets, newest first."""
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Deletes a dataset that no unfinished job uses."""
+    PreviewDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PreviewDatasetRequest, _datasets_pb2.PreviewDatasetResponse]  # type: ignore[assignment]
+    """Shows what a base's chat template makes of conversations: their text, its tokens, and which of them would be
+    trained.
+    """
 
 class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Catalogues and conversations. A dataset never changes: its name stands for one content for ever."""
+    """Catalogues, conversations, preferences and evaluations. A dataset never changes: its name stands for one content for ever."""
 
     @_abc_1.abstractmethod
     def UploadDataset(
@@ -72,7 +82,8 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.UploadDatasetResponse, _abc.Awaitable[_datasets_pb2.UploadDatasetResponse]]:
         """Stores a dataset. The first message holds the metadata, the following ones the bytes in order. Every row is
-        checked, and the first broken ones are named by line number; nothing is stored unless all are sound.
+        checked, and the first broken ones are named by line number with a code as the violation's reason; nothing is stored
+        unless all are sound.
         Sending the same content under the same name again returns the stored dataset.
         """
 
@@ -99,5 +110,15 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.DeleteDatasetResponse, _abc.Awaitable[_datasets_pb2.DeleteDatasetResponse]]:
         """Deletes a dataset that no unfinished job uses."""
+
+    @_abc_1.abstractmethod
+    def PreviewDataset(
+        self,
+        request: _datasets_pb2.PreviewDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.PreviewDatasetResponse, _abc.Awaitable[_datasets_pb2.PreviewDatasetResponse]]:
+        """Shows what a base's chat template makes of conversations: their text, its tokens, and which of them would be
+        trained.
+        """
 
 def add_DatasetServiceServicer_to_server(servicer: DatasetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -283,7 +283,7 @@ class Progress(_message.Message):
     tokens_per_second: _builtins.float
     """Tokens processed per second, padding left out."""
     memory_bytes: _builtins.int
-    """Resident memory of the worker, in bytes."""
+    """Memory of the worker, in bytes: resident, or reserved on its CUDA device."""
     @_builtins.property
     def eta(self) -> _duration_pb2.Duration:
         """Expected time until this phase ends."""

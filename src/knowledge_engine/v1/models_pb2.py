@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from knowledge_engine.v1 import training_pb2 as knowledge__engine_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n knowledge_engine/v1/models.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"knowledge_engine/v1/training.proto\"\xaf\x01\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x35\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12?\n\x0elatest_version\x18\x03 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_versions\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\"\xe6\x03\n\x0cModelVersion\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nbase_model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x64\x61taset_digest\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\"\n\x14\x63hat_template_digest\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x11\n\x03job\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x04spec\x18\x08 \x01(\x0b\x32!.knowledge_engine.v1.TrainingSpecB\x04\xe2\x41\x01\x03\x12@\n\ncomparison\x18\t \x01(\x0b\x32&.knowledge_engine.v1.HeldOutComparisonB\x04\xe2\x41\x01\x03\x12 \n\x12training_precision\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x0b \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_source\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x1b\n\rbase_revision\x18\x0e \x01(\tB\x04\xe2\x41\x01\x03\"F\n\x11ListModelsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"e\n\x12ListModelsResponse\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"C\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\"c\n\x18ListModelVersionsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"{\n\x19ListModelVersionsResponse\x12?\n\x0emodel_versions\x18\x01 \x03(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\",\n\x16GetModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"Y\n\x17GetModelVersionResponse\x12>\n\rmodel_version\x18\x01 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\"/\n\x19\x44\x65leteModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x1c\n\x1a\x44\x65leteModelVersionResponse2\x9f\x04\n\x0cModelService\x12]\n\nListModels\x12&.knowledge_engine.v1.ListModelsRequest\x1a\'.knowledge_engine.v1.ListModelsResponse\x12W\n\x08GetModel\x12$.knowledge_engine.v1.GetModelRequest\x1a%.knowledge_engine.v1.GetModelResponse\x12r\n\x11ListModelVersions\x12-.knowledge_engine.v1.ListModelVersionsRequest\x1a..knowledge_engine.v1.ListModelVersionsResponse\x12l\n\x0fGetModelVersion\x12+.knowledge_engine.v1.GetModelVersionRequest\x1a,.knowledge_engine.v1.GetModelVersionResponse\x12u\n\x12\x44\x65leteModelVersion\x12..knowledge_engine.v1.DeleteModelVersionRequest\x1a/.knowledge_engine.v1.DeleteModelVersionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n knowledge_engine/v1/models.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"knowledge_engine/v1/training.proto\"\xaf\x01\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x35\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12?\n\x0elatest_version\x18\x03 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1a\n\x0cnum_versions\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x03\"\xaa\x04\n\x0cModelVersion\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nbase_model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x64\x61taset_digest\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\"\n\x14\x63hat_template_digest\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x11\n\x03job\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x04spec\x18\x08 \x01(\x0b\x32!.knowledge_engine.v1.TrainingSpecB\x04\xe2\x41\x01\x03\x12@\n\ncomparison\x18\t \x01(\x0b\x32&.knowledge_engine.v1.HeldOutComparisonB\x04\xe2\x41\x01\x03\x12 \n\x12training_precision\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x0b \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_source\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x1b\n\rbase_revision\x18\x0e \x01(\tB\x04\xe2\x41\x01\x03\x12!\n\x13\x65val_dataset_digest\x18\x0f \x01(\tB\x04\xe2\x41\x01\x03\x12\x1f\n\x11start_from_digest\x18\x10 \x01(\tB\x04\xe2\x41\x01\x03\"F\n\x11ListModelsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"e\n\x12ListModelsResponse\x12\x30\n\x06models\x18\x01 \x03(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\"%\n\x0fGetModelRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"C\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32\x1a.knowledge_engine.v1.ModelB\x04\xe2\x41\x01\x03\"c\n\x18ListModelVersionsRequest\x12\x14\n\x06parent\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"{\n\x19ListModelVersionsResponse\x12?\n\x0emodel_versions\x18\x01 \x03(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\x12\x1d\n\x0fnext_page_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\",\n\x16GetModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"Y\n\x17GetModelVersionResponse\x12>\n\rmodel_version\x18\x01 \x01(\x0b\x32!.knowledge_engine.v1.ModelVersionB\x04\xe2\x41\x01\x03\"/\n\x19\x44\x65leteModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x1c\n\x1a\x44\x65leteModelVersionResponse\"/\n\x19\x45xportModelVersionRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"O\n\x1a\x45xportModelVersionResponse\x12\x31\n\x06\x65xport\x18\x01 \x01(\x0b\x32\x1b.knowledge_engine.v1.ExportB\x04\xe2\x41\x01\x03\"\xbf\x01\n\x06\x45xport\x12\x14\n\x06\x66older\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eversion_digest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tprecision\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nnum_tokens\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x16\n\x08num_same\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0emax_difference\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03\x32\x96\x05\n\x0cModelService\x12]\n\nListModels\x12&.knowledge_engine.v1.ListModelsRequest\x1a\'.knowledge_engine.v1.ListModelsResponse\x12W\n\x08GetModel\x12$.knowledge_engine.v1.GetModelRequest\x1a%.knowledge_engine.v1.GetModelResponse\x12r\n\x11ListModelVersions\x12-.knowledge_engine.v1.ListModelVersionsRequest\x1a..knowledge_engine.v1.ListModelVersionsResponse\x12l\n\x0fGetModelVersion\x12+.knowledge_engine.v1.GetModelVersionRequest\x1a,.knowledge_engine.v1.GetModelVersionResponse\x12u\n\x12\x44\x65leteModelVersion\x12..knowledge_engine.v1.DeleteModelVersionRequest\x1a/.knowledge_engine.v1.DeleteModelVersionResponse\x12u\n\x12\x45xportModelVersion\x12..knowledge_engine.v1.ExportModelVersionRequest\x1a/.knowledge_engine.v1.ExportModelVersionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -70,6 +70,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELVERSION'].fields_by_name['base_source']._serialized_options = b'\342A\001\003'
   _globals['_MODELVERSION'].fields_by_name['base_revision']._loaded_options = None
   _globals['_MODELVERSION'].fields_by_name['base_revision']._serialized_options = b'\342A\001\003'
+  _globals['_MODELVERSION'].fields_by_name['eval_dataset_digest']._loaded_options = None
+  _globals['_MODELVERSION'].fields_by_name['eval_dataset_digest']._serialized_options = b'\342A\001\003'
+  _globals['_MODELVERSION'].fields_by_name['start_from_digest']._loaded_options = None
+  _globals['_MODELVERSION'].fields_by_name['start_from_digest']._serialized_options = b'\342A\001\003'
   _globals['_LISTMODELSREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTMODELSREQUEST'].fields_by_name['page_size']._serialized_options = b'\342A\001\001'
   _globals['_LISTMODELSREQUEST'].fields_by_name['page_token']._loaded_options = None
@@ -98,30 +102,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELVERSIONRESPONSE'].fields_by_name['model_version']._serialized_options = b'\342A\001\003'
   _globals['_DELETEMODELVERSIONREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_DELETEMODELVERSIONREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_EXPORTMODELVERSIONREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_EXPORTMODELVERSIONREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_EXPORTMODELVERSIONRESPONSE'].fields_by_name['export']._loaded_options = None
+  _globals['_EXPORTMODELVERSIONRESPONSE'].fields_by_name['export']._serialized_options = b'\342A\001\003'
+  _globals['_EXPORT'].fields_by_name['folder']._loaded_options = None
+  _globals['_EXPORT'].fields_by_name['folder']._serialized_options = b'\342A\001\003'
+  _globals['_EXPORT'].fields_by_name['version_digest']._loaded_options = None
+  _globals['_EXPORT'].fields_by_name['version_digest']._serialized_options = b'\342A\001\003'
+  _globals['_EXPORT'].fields_by_name['precision']._loaded_options = None
+  _globals['_EXPORT'].fields_by_name['precision']._serialized_options = b'\342A\001\003'
+  _globals['_EXPORT'].fields_by_name['size_bytes']._loaded_options = None
+  _globals['_EXPORT'].fields_by_name['size_bytes']._serialized_options = b'\342A\001\003'
+  _globals['_EXPORT'].fields_by_name['num_tokens']._loaded_options = None
+  _globals['_EXPORT'].fields_by_name['num_tokens']._serialized_options = b'\342A\001\003'
+  _globals['_EXPORT'].fields_by_name['num_same']._loaded_options = None
+  _globals['_EXPORT'].fields_by_name['num_same']._serialized_options = b'\342A\001\003'
+  _globals['_EXPORT'].fields_by_name['max_difference']._loaded_options = None
+  _globals['_EXPORT'].fields_by_name['max_difference']._serialized_options = b'\342A\001\003'
   _globals['_MODEL']._serialized_start=160
   _globals['_MODEL']._serialized_end=335
   _globals['_MODELVERSION']._serialized_start=338
-  _globals['_MODELVERSION']._serialized_end=824
-  _globals['_LISTMODELSREQUEST']._serialized_start=826
-  _globals['_LISTMODELSREQUEST']._serialized_end=896
-  _globals['_LISTMODELSRESPONSE']._serialized_start=898
-  _globals['_LISTMODELSRESPONSE']._serialized_end=999
-  _globals['_GETMODELREQUEST']._serialized_start=1001
-  _globals['_GETMODELREQUEST']._serialized_end=1038
-  _globals['_GETMODELRESPONSE']._serialized_start=1040
-  _globals['_GETMODELRESPONSE']._serialized_end=1107
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=1109
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=1208
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=1210
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=1333
-  _globals['_GETMODELVERSIONREQUEST']._serialized_start=1335
-  _globals['_GETMODELVERSIONREQUEST']._serialized_end=1379
-  _globals['_GETMODELVERSIONRESPONSE']._serialized_start=1381
-  _globals['_GETMODELVERSIONRESPONSE']._serialized_end=1470
-  _globals['_DELETEMODELVERSIONREQUEST']._serialized_start=1472
-  _globals['_DELETEMODELVERSIONREQUEST']._serialized_end=1519
-  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_start=1521
-  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_end=1549
-  _globals['_MODELSERVICE']._serialized_start=1552
-  _globals['_MODELSERVICE']._serialized_end=2095
+  _globals['_MODELVERSION']._serialized_end=892
+  _globals['_LISTMODELSREQUEST']._serialized_start=894
+  _globals['_LISTMODELSREQUEST']._serialized_end=964
+  _globals['_LISTMODELSRESPONSE']._serialized_start=966
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1067
+  _globals['_GETMODELREQUEST']._serialized_start=1069
+  _globals['_GETMODELREQUEST']._serialized_end=1106
+  _globals['_GETMODELRESPONSE']._serialized_start=1108
+  _globals['_GETMODELRESPONSE']._serialized_end=1175
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=1177
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=1276
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=1278
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=1401
+  _globals['_GETMODELVERSIONREQUEST']._serialized_start=1403
+  _globals['_GETMODELVERSIONREQUEST']._serialized_end=1447
+  _globals['_GETMODELVERSIONRESPONSE']._serialized_start=1449
+  _globals['_GETMODELVERSIONRESPONSE']._serialized_end=1538
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_start=1540
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_end=1587
+  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_start=1589
+  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_end=1617
+  _globals['_EXPORTMODELVERSIONREQUEST']._serialized_start=1619
+  _globals['_EXPORTMODELVERSIONREQUEST']._serialized_end=1666
+  _globals['_EXPORTMODELVERSIONRESPONSE']._serialized_start=1668
+  _globals['_EXPORTMODELVERSIONRESPONSE']._serialized_end=1747
+  _globals['_EXPORT']._serialized_start=1750
+  _globals['_EXPORT']._serialized_end=1941
+  _globals['_MODELSERVICE']._serialized_start=1944
+  _globals['_MODELSERVICE']._serialized_end=2606
 # @@protoc_insertion_point(module_scope)

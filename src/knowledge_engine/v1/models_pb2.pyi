@@ -78,6 +78,8 @@ class ModelVersion(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     BASE_SOURCE_FIELD_NUMBER: _builtins.int
     BASE_REVISION_FIELD_NUMBER: _builtins.int
+    EVAL_DATASET_DIGEST_FIELD_NUMBER: _builtins.int
+    START_FROM_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}/versions/{version}`, versions counted from 1."""
     digest: _builtins.str
@@ -100,6 +102,10 @@ class ModelVersion(_message.Message):
     """The name that base goes by everywhere, such as `meta-llama/Llama-2-7b-hf`."""
     base_revision: _builtins.str
     """The commit of a base that came from the model hub; empty for others."""
+    eval_dataset_digest: _builtins.str
+    """Digest of the evaluation that it was measured on; empty where that was held out of what it learned from."""
+    start_from_digest: _builtins.str
+    """Digest of the version that its training went on from; empty where it began from the base."""
     @_builtins.property
     def spec(self) -> _training_pb2.TrainingSpec:
         """What that job was asked to do."""
@@ -129,10 +135,12 @@ class ModelVersion(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         base_source: _builtins.str = ...,
         base_revision: _builtins.str = ...,
+        eval_dataset_digest: _builtins.str = ...,
+        start_from_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "create_time", b"create_time", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "base_revision", b"base_revision", "base_source", b"base_source", "chat_template_digest", b"chat_template_digest", "comparison", b"comparison", "create_time", b"create_time", "dataset_digest", b"dataset_digest", "digest", b"digest", "job", b"job", "name", b"name", "size_bytes", b"size_bytes", "spec", b"spec", "training_precision", b"training_precision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "base_model", b"base_model", "base_revision", b"base_revision", "base_source", b"base_source", "chat_template_digest", b"chat_template_digest", "comparison", b"comparison", "create_time", b"create_time", "dataset_digest", b"dataset_digest", "digest", b"digest", "eval_dataset_digest", b"eval_dataset_digest", "job", b"job", "name", b"name", "size_bytes", b"size_bytes", "spec", b"spec", "start_from_digest", b"start_from_digest", "training_precision", b"training_precision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -380,3 +388,95 @@ class DeleteModelVersionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteModelVersionResponse: _TypeAlias = DeleteModelVersionResponse  # noqa: Y015
+
+@_typing.final
+class ExportModelVersionRequest(_message.Message):
+    """Request of ExportModelVersion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`models/{model}/versions/{version}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelVersionRequest: _TypeAlias = ExportModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ExportModelVersionResponse(_message.Message):
+    """Response of ExportModelVersion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def export(self) -> Global___Export:
+        """The written model."""
+
+    def __init__(
+        self,
+        *,
+        export: Global___Export | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["export", b"export"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["export", b"export"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelVersionResponse: _TypeAlias = ExportModelVersionResponse  # noqa: Y015
+
+@_typing.final
+class Export(_message.Message):
+    """A version merged into its base."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLDER_FIELD_NUMBER: _builtins.int
+    VERSION_DIGEST_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_SAME_FIELD_NUMBER: _builtins.int
+    MAX_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    folder: _builtins.str
+    """Where it lies in the data directory, `exports/{model}-{version}`: weights, configuration, tokenizer, chat template."""
+    version_digest: _builtins.str
+    """Digest of the version, `sha256:...`."""
+    precision: _builtins.str
+    """Precision of its weights, such as `float32`."""
+    size_bytes: _builtins.int
+    """Size of its files in bytes."""
+    num_tokens: _builtins.int
+    """Tokens of the golden conversations on which it was compared."""
+    num_same: _builtins.int
+    """Those after which both find the same token likeliest."""
+    max_difference: _builtins.float
+    """Largest difference of a log-probability, in nats."""
+    def __init__(
+        self,
+        *,
+        folder: _builtins.str = ...,
+        version_digest: _builtins.str = ...,
+        precision: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        num_same: _builtins.int = ...,
+        max_difference: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder", "max_difference", b"max_difference", "num_same", b"num_same", "num_tokens", b"num_tokens", "precision", b"precision", "size_bytes", b"size_bytes", "version_digest", b"version_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Export: _TypeAlias = Export  # noqa: Y015

@@ -60,6 +60,11 @@ class ModelServiceStub:
                 request_serializer=knowledge__engine_dot_v1_dot_models__pb2.DeleteModelVersionRequest.SerializeToString,
                 response_deserializer=knowledge__engine_dot_v1_dot_models__pb2.DeleteModelVersionResponse.FromString,
                 _registered_method=True)
+        self.ExportModelVersion = channel.unary_unary(
+                '/knowledge_engine.v1.ModelService/ExportModelVersion',
+                request_serializer=knowledge__engine_dot_v1_dot_models__pb2.ExportModelVersionRequest.SerializeToString,
+                response_deserializer=knowledge__engine_dot_v1_dot_models__pb2.ExportModelVersionResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -95,7 +100,17 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModelVersion(self, request, context):
-        """Deletes a version and its files. Its number is never given again; answers in progress end first.
+        """Deletes a version, its files and its export. Its number is never given again; answers in progress end first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportModelVersion(self, request, context):
+        """Merges a version into its base: one folder in the deployment's data directory, for programs that know no adapters.
+        What was written is read back and compared with base and adapter before the folder takes its name. Answers when that
+        is done, which takes as long as loading the base twice; exports wait for each other. The same export again is the
+        one that is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +143,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.DeleteModelVersion,
                     request_deserializer=knowledge__engine_dot_v1_dot_models__pb2.DeleteModelVersionRequest.FromString,
                     response_serializer=knowledge__engine_dot_v1_dot_models__pb2.DeleteModelVersionResponse.SerializeToString,
+            ),
+            'ExportModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportModelVersion,
+                    request_deserializer=knowledge__engine_dot_v1_dot_models__pb2.ExportModelVersionRequest.FromString,
+                    response_serializer=knowledge__engine_dot_v1_dot_models__pb2.ExportModelVersionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +286,33 @@ class ModelService:
             '/knowledge_engine.v1.ModelService/DeleteModelVersion',
             knowledge__engine_dot_v1_dot_models__pb2.DeleteModelVersionRequest.SerializeToString,
             knowledge__engine_dot_v1_dot_models__pb2.DeleteModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knowledge_engine.v1.ModelService/ExportModelVersion',
+            knowledge__engine_dot_v1_dot_models__pb2.ExportModelVersionRequest.SerializeToString,
+            knowledge__engine_dot_v1_dot_models__pb2.ExportModelVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,7 +42,13 @@ class ModelServiceStub:
     GetModelVersion: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetModelVersionRequest, _models_pb2.GetModelVersionResponse]
     """Returns one version."""
     DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_models_pb2.DeleteModelVersionRequest, _models_pb2.DeleteModelVersionResponse]
-    """Deletes a version and its files. Its number is never given again; answers in progress end first."""
+    """Deletes a version, its files and its export. Its number is never given again; answers in progress end first."""
+    ExportModelVersion: _grpc.UnaryUnaryMultiCallable[_models_pb2.ExportModelVersionRequest, _models_pb2.ExportModelVersionResponse]
+    """Merges a version into its base: one folder in the deployment's data directory, for programs that know no adapters.
+    What was written is read back and compared with base and adapter before the folder takes its name. Answers when that
+    is done, which takes as long as loading the base twice; exports wait for each other. The same export again is the
+    one that is there.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -58,7 +64,13 @@ class ModelServiceAsyncStub(ModelServiceStub):
     GetModelVersion: _aio.UnaryUnaryMultiCallable[_models_pb2.GetModelVersionRequest, _models_pb2.GetModelVersionResponse]  # type: ignore[assignment]
     """Returns one version."""
     DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_models_pb2.DeleteModelVersionRequest, _models_pb2.DeleteModelVersionResponse]  # type: ignore[assignment]
-    """Deletes a version and its files. Its number is never given again; answers in progress end first."""
+    """Deletes a version, its files and its export. Its number is never given again; answers in progress end first."""
+    ExportModelVersion: _aio.UnaryUnaryMultiCallable[_models_pb2.ExportModelVersionRequest, _models_pb2.ExportModelVersionResponse]  # type: ignore[assignment]
+    """Merges a version into its base: one folder in the deployment's data directory, for programs that know no adapters.
+    What was written is read back and compared with base and adapter before the folder takes its name. Answers when that
+    is done, which takes as long as loading the base twice; exports wait for each other. The same export again is the
+    one that is there.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tuned models and their immutable versions."""
@@ -101,6 +113,18 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.DeleteModelVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.DeleteModelVersionResponse, _abc.Awaitable[_models_pb2.DeleteModelVersionResponse]]:
-        """Deletes a version and its files. Its number is never given again; answers in progress end first."""
+        """Deletes a version, its files and its export. Its number is never given again; answers in progress end first."""
+
+    @_abc_1.abstractmethod
+    def ExportModelVersion(
+        self,
+        request: _models_pb2.ExportModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.ExportModelVersionResponse, _abc.Awaitable[_models_pb2.ExportModelVersionResponse]]:
+        """Merges a version into its base: one folder in the deployment's data directory, for programs that know no adapters.
+        What was written is read back and compared with base and adapter before the folder takes its name. Answers when that
+        is done, which takes as long as loading the base twice; exports wait for each other. The same export again is the
+        one that is there.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"knowledge_engine/v1/training.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\"\x9e\x08\n\x0cTrainingSpec\x12\x18\n\nbase_model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07\x64\x61taset\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x13\n\x05model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1c\n\tuse_qlora\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x33\n\x04lora\x18\x05 \x01(\x0b\x32\x1f.knowledge_engine.v1.LoraConfigB\x04\xe2\x41\x01\x01\x12 \n\rlearning_rate\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x45\n\x11lr_scheduler_type\x18\x07 \x01(\x0e\x32$.knowledge_engine.v1.LrSchedulerTypeB\x04\xe2\x41\x01\x01\x12\x1f\n\x0cwarmup_ratio\x18\x08 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x1f\n\x0cweight_decay\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12 \n\rmax_grad_norm\x18\n \x01(\x01\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12#\n\x10num_train_epochs\x18\x0b \x01(\x01\x42\x04\xe2\x41\x01\x01H\x05\x88\x01\x01\x12\x1c\n\tmax_steps\x18\x0c \x01(\x05\x42\x04\xe2\x41\x01\x01H\x06\x88\x01\x01\x12.\n\x1bper_device_train_batch_size\x18\r \x01(\x05\x42\x04\xe2\x41\x01\x01H\x07\x88\x01\x01\x12.\n\x1bgradient_accumulation_steps\x18\x0e \x01(\x05\x42\x04\xe2\x41\x01\x01H\x08\x88\x01\x01\x12\x1d\n\nmax_length\x18\x0f \x01(\x05\x42\x04\xe2\x41\x01\x01H\t\x88\x01\x01\x12\x1d\n\neval_split\x18\x10 \x01(\x01\x42\x04\xe2\x41\x01\x01H\n\x88\x01\x01\x12\x1d\n\neval_steps\x18\x11 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0b\x88\x01\x01\x12 \n\rlogging_steps\x18\x12 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0c\x88\x01\x01\x12\x17\n\x04seed\x18\x13 \x01(\x03\x42\x04\xe2\x41\x01\x01H\r\x88\x01\x01\x12\x1d\n\nsave_steps\x18\x14 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0e\x88\x01\x01\x12\'\n\x14\x61uto_find_batch_size\x18\x15 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x0f\x88\x01\x01\x42\x0c\n\n_use_qloraB\x10\n\x0e_learning_rateB\x0f\n\r_warmup_ratioB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_normB\x13\n\x11_num_train_epochsB\x0c\n\n_max_stepsB\x1e\n\x1c_per_device_train_batch_sizeB\x1e\n\x1c_gradient_accumulation_stepsB\r\n\x0b_max_lengthB\r\n\x0b_eval_splitB\r\n\x0b_eval_stepsB\x10\n\x0e_logging_stepsB\x07\n\x05_seedB\r\n\x0b_save_stepsB\x17\n\x15_auto_find_batch_size\"\x98\x01\n\nLoraConfig\x12\x17\n\x04rank\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x18\n\x05\x61lpha\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x1a\n\x07\x64ropout\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x1c\n\x0etarget_modules\x18\x04 \x03(\tB\x04\xe2\x41\x01\x01\x42\x07\n\x05_rankB\x08\n\x06_alphaB\n\n\x08_dropout\"\xcc\x02\n\x0eTrainingResult\x12\x1b\n\rmodel_version\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\ntrain_loss\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12@\n\ncomparison\x18\x04 \x01(\x0b\x32&.knowledge_engine.v1.HeldOutComparisonB\x04\xe2\x41\x01\x03\x12\x17\n\tnum_steps\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nnum_tokens\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11tokens_per_second\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x36\n\rtraining_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x1f\n\x11peak_memory_bytes\x18\t \x01(\x03\x42\x04\xe2\x41\x01\x03\"\x9a\x01\n\x11HeldOutComparison\x12\x17\n\tbase_loss\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x18\n\ntuned_loss\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11num_conversations\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nnum_tokens\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x17\n\tprecision\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\"\x96\x05\n\x10TrainingEstimate\x12G\n\x06memory\x18\x01 \x01(\x0b\x32\x31.knowledge_engine.v1.TrainingEstimate.MemoryRangeB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64\x65vice\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12 \n\x12total_memory_bytes\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12[\n\x11held_memory_bytes\x18\x04 \x03(\x0b\x32:.knowledge_engine.v1.TrainingEstimate.HeldMemoryBytesEntryB\x04\xe2\x41\x01\x03\x12\x18\n\ndisk_bytes\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1d\n\x0f\x66ree_disk_bytes\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x17\n\tnum_steps\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nnum_tokens\x18\x08 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x36\n\rtraining_time\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x66its\x18\n \x01(\x08\x42\x04\xe2\x41\x01\x03\x12\x15\n\x07refusal\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\x0cnearest_spec\x18\x0c \x01(\x0b\x32!.knowledge_engine.v1.TrainingSpecB\x04\xe2\x41\x01\x03\x1a\x36\n\x14HeldMemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a^\n\x0bMemoryRange\x12\x17\n\tlow_bytes\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x65xpected_bytes\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nhigh_bytes\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03*\x90\x01\n\x0fLrSchedulerType\x12!\n\x1dLR_SCHEDULER_TYPE_UNSPECIFIED\x10\x00\x12\x1c\n\x18LR_SCHEDULER_TYPE_LINEAR\x10\x01\x12\x1c\n\x18LR_SCHEDULER_TYPE_COSINE\x10\x02\x12\x1e\n\x1aLR_SCHEDULER_TYPE_CONSTANT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"knowledge_engine/v1/training.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf0\x0b\n\x0cTrainingSpec\x12\x18\n\nbase_model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07\x64\x61taset\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x13\n\x05model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1c\n\tuse_qlora\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x33\n\x04lora\x18\x05 \x01(\x0b\x32\x1f.knowledge_engine.v1.LoraConfigB\x04\xe2\x41\x01\x01\x12 \n\rlearning_rate\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x45\n\x11lr_scheduler_type\x18\x07 \x01(\x0e\x32$.knowledge_engine.v1.LrSchedulerTypeB\x04\xe2\x41\x01\x01\x12\x1f\n\x0cwarmup_ratio\x18\x08 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x1f\n\x0cweight_decay\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12 \n\rmax_grad_norm\x18\n \x01(\x01\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12#\n\x10num_train_epochs\x18\x0b \x01(\x01\x42\x04\xe2\x41\x01\x01H\x05\x88\x01\x01\x12\x1c\n\tmax_steps\x18\x0c \x01(\x05\x42\x04\xe2\x41\x01\x01H\x06\x88\x01\x01\x12.\n\x1bper_device_train_batch_size\x18\r \x01(\x05\x42\x04\xe2\x41\x01\x01H\x07\x88\x01\x01\x12.\n\x1bgradient_accumulation_steps\x18\x0e \x01(\x05\x42\x04\xe2\x41\x01\x01H\x08\x88\x01\x01\x12\x1d\n\nmax_length\x18\x0f \x01(\x05\x42\x04\xe2\x41\x01\x01H\t\x88\x01\x01\x12\x1d\n\neval_split\x18\x10 \x01(\x01\x42\x04\xe2\x41\x01\x01H\n\x88\x01\x01\x12\x1d\n\neval_steps\x18\x11 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0b\x88\x01\x01\x12 \n\rlogging_steps\x18\x12 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0c\x88\x01\x01\x12\x17\n\x04seed\x18\x13 \x01(\x03\x42\x04\xe2\x41\x01\x01H\r\x88\x01\x01\x12\x1d\n\nsave_steps\x18\x14 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0e\x88\x01\x01\x12\'\n\x14\x61uto_find_batch_size\x18\x15 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x0f\x88\x01\x01\x12\x34\n\x08split_by\x18\x16 \x01(\x0e\x32\x1c.knowledge_engine.v1.SplitByB\x04\xe2\x41\x01\x01\x12\x39\n\ntruncation\x18\x17 \x01(\x0e\x32\x1f.knowledge_engine.v1.TruncationB\x04\xe2\x41\x01\x01\x12\x1a\n\x0c\x65val_dataset\x18\x19 \x01(\tB\x04\xe2\x41\x01\x01\x12\x39\n\x06method\x18\x1a \x01(\x0e\x32#.knowledge_engine.v1.TrainingMethodB\x04\xe2\x41\x01\x01\x12\x17\n\x04\x62\x65ta\x18\x1b \x01(\x01\x42\x04\xe2\x41\x01\x01H\x10\x88\x01\x01\x12\x18\n\nstart_from\x18\x1c \x01(\tB\x04\xe2\x41\x01\x01\x12)\n\x16load_best_model_at_end\x18\x1d \x01(\x08\x42\x04\xe2\x41\x01\x01H\x11\x88\x01\x01\x12*\n\x17\x65\x61rly_stopping_patience\x18\x1e \x01(\x05\x42\x04\xe2\x41\x01\x01H\x12\x88\x01\x01\x12&\n\x13neftune_noise_alpha\x18\x18 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x13\x88\x01\x01\x42\x0c\n\n_use_qloraB\x10\n\x0e_learning_rateB\x0f\n\r_warmup_ratioB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_normB\x13\n\x11_num_train_epochsB\x0c\n\n_max_stepsB\x1e\n\x1c_per_device_train_batch_sizeB\x1e\n\x1c_gradient_accumulation_stepsB\r\n\x0b_max_lengthB\r\n\x0b_eval_splitB\r\n\x0b_eval_stepsB\x10\n\x0e_logging_stepsB\x07\n\x05_seedB\r\n\x0b_save_stepsB\x17\n\x15_auto_find_batch_sizeB\x07\n\x05_betaB\x19\n\x17_load_best_model_at_endB\x1a\n\x18_early_stopping_patienceB\x16\n\x14_neftune_noise_alpha\"\xf0\x01\n\nLoraConfig\x12\x17\n\x04rank\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x18\n\x05\x61lpha\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x1a\n\x07\x64ropout\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x1c\n\x0etarget_modules\x18\x04 \x03(\tB\x04\xe2\x41\x01\x01\x12\x1d\n\nuse_rslora\x18\x05 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12\x1b\n\x08use_dora\x18\x06 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x42\x07\n\x05_rankB\x08\n\x06_alphaB\n\n\x08_dropoutB\r\n\x0b_use_rsloraB\x0b\n\t_use_dora\"\xea\x02\n\x0eTrainingResult\x12\x1b\n\rmodel_version\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\ntrain_loss\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12@\n\ncomparison\x18\x04 \x01(\x0b\x32&.knowledge_engine.v1.HeldOutComparisonB\x04\xe2\x41\x01\x03\x12\x17\n\tnum_steps\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nnum_tokens\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11tokens_per_second\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x36\n\rtraining_time\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x1f\n\x11peak_memory_bytes\x18\t \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0epublished_step\x18\n \x01(\x03\x42\x04\xe2\x41\x01\x03\"\x9a\x01\n\x11HeldOutComparison\x12\x17\n\tbase_loss\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x18\n\ntuned_loss\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11num_conversations\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nnum_tokens\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x17\n\tprecision\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\"\x96\x05\n\x10TrainingEstimate\x12G\n\x06memory\x18\x01 \x01(\x0b\x32\x31.knowledge_engine.v1.TrainingEstimate.MemoryRangeB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64\x65vice\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12 \n\x12total_memory_bytes\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12[\n\x11held_memory_bytes\x18\x04 \x03(\x0b\x32:.knowledge_engine.v1.TrainingEstimate.HeldMemoryBytesEntryB\x04\xe2\x41\x01\x03\x12\x18\n\ndisk_bytes\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1d\n\x0f\x66ree_disk_bytes\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x17\n\tnum_steps\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nnum_tokens\x18\x08 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x36\n\rtraining_time\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x66its\x18\n \x01(\x08\x42\x04\xe2\x41\x01\x03\x12\x15\n\x07refusal\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\x0cnearest_spec\x18\x0c \x01(\x0b\x32!.knowledge_engine.v1.TrainingSpecB\x04\xe2\x41\x01\x03\x1a\x36\n\x14HeldMemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a^\n\x0bMemoryRange\x12\x17\n\tlow_bytes\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x65xpected_bytes\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x18\n\nhigh_bytes\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03*c\n\x0eTrainingMethod\x12\x1f\n\x1bTRAINING_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13TRAINING_METHOD_SFT\x10\x01\x12\x17\n\x13TRAINING_METHOD_DPO\x10\x02*T\n\x07SplitBy\x12\x18\n\x14SPLIT_BY_UNSPECIFIED\x10\x00\x12\x19\n\x15SPLIT_BY_CONVERSATION\x10\x01\x12\x14\n\x10SPLIT_BY_PRODUCT\x10\x02*s\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x14\n\x10TRUNCATION_ERROR\x10\x01\x12\x13\n\x0fTRUNCATION_DROP\x10\x02\x12\x1e\n\x1aTRUNCATION_KEEP_LAST_TURNS\x10\x03*\x90\x01\n\x0fLrSchedulerType\x12!\n\x1dLR_SCHEDULER_TYPE_UNSPECIFIED\x10\x00\x12\x1c\n\x18LR_SCHEDULER_TYPE_LINEAR\x10\x01\x12\x1c\n\x18LR_SCHEDULER_TYPE_COSINE\x10\x02\x12\x1e\n\x1aLR_SCHEDULER_TYPE_CONSTANT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -75,6 +75,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAININGSPEC'].fields_by_name['save_steps']._serialized_options = b'\342A\001\001'
   _globals['_TRAININGSPEC'].fields_by_name['auto_find_batch_size']._loaded_options = None
   _globals['_TRAININGSPEC'].fields_by_name['auto_find_batch_size']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['split_by']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['split_by']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['truncation']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['truncation']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['eval_dataset']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['eval_dataset']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['method']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['method']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['beta']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['beta']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['start_from']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['start_from']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['load_best_model_at_end']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['load_best_model_at_end']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['early_stopping_patience']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['early_stopping_patience']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGSPEC'].fields_by_name['neftune_noise_alpha']._loaded_options = None
+  _globals['_TRAININGSPEC'].fields_by_name['neftune_noise_alpha']._serialized_options = b'\342A\001\001'
   _globals['_LORACONFIG'].fields_by_name['rank']._loaded_options = None
   _globals['_LORACONFIG'].fields_by_name['rank']._serialized_options = b'\342A\001\001'
   _globals['_LORACONFIG'].fields_by_name['alpha']._loaded_options = None
@@ -83,6 +101,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LORACONFIG'].fields_by_name['dropout']._serialized_options = b'\342A\001\001'
   _globals['_LORACONFIG'].fields_by_name['target_modules']._loaded_options = None
   _globals['_LORACONFIG'].fields_by_name['target_modules']._serialized_options = b'\342A\001\001'
+  _globals['_LORACONFIG'].fields_by_name['use_rslora']._loaded_options = None
+  _globals['_LORACONFIG'].fields_by_name['use_rslora']._serialized_options = b'\342A\001\001'
+  _globals['_LORACONFIG'].fields_by_name['use_dora']._loaded_options = None
+  _globals['_LORACONFIG'].fields_by_name['use_dora']._serialized_options = b'\342A\001\001'
   _globals['_TRAININGRESULT'].fields_by_name['model_version']._loaded_options = None
   _globals['_TRAININGRESULT'].fields_by_name['model_version']._serialized_options = b'\342A\001\003'
   _globals['_TRAININGRESULT'].fields_by_name['digest']._loaded_options = None
@@ -101,6 +123,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAININGRESULT'].fields_by_name['training_time']._serialized_options = b'\342A\001\003'
   _globals['_TRAININGRESULT'].fields_by_name['peak_memory_bytes']._loaded_options = None
   _globals['_TRAININGRESULT'].fields_by_name['peak_memory_bytes']._serialized_options = b'\342A\001\003'
+  _globals['_TRAININGRESULT'].fields_by_name['published_step']._loaded_options = None
+  _globals['_TRAININGRESULT'].fields_by_name['published_step']._serialized_options = b'\342A\001\003'
   _globals['_HELDOUTCOMPARISON'].fields_by_name['base_loss']._loaded_options = None
   _globals['_HELDOUTCOMPARISON'].fields_by_name['base_loss']._serialized_options = b'\342A\001\003'
   _globals['_HELDOUTCOMPARISON'].fields_by_name['tuned_loss']._loaded_options = None
@@ -143,20 +167,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAININGESTIMATE'].fields_by_name['refusal']._serialized_options = b'\342A\001\003'
   _globals['_TRAININGESTIMATE'].fields_by_name['nearest_spec']._loaded_options = None
   _globals['_TRAININGESTIMATE'].fields_by_name['nearest_spec']._serialized_options = b'\342A\001\003'
-  _globals['_LRSCHEDULERTYPE']._serialized_start=2494
-  _globals['_LRSCHEDULERTYPE']._serialized_end=2638
+  _globals['_TRAININGMETHOD']._serialized_start=3077
+  _globals['_TRAININGMETHOD']._serialized_end=3176
+  _globals['_SPLITBY']._serialized_start=3178
+  _globals['_SPLITBY']._serialized_end=3262
+  _globals['_TRUNCATION']._serialized_start=3264
+  _globals['_TRUNCATION']._serialized_end=3379
+  _globals['_LRSCHEDULERTYPE']._serialized_start=3382
+  _globals['_LRSCHEDULERTYPE']._serialized_end=3526
   _globals['_TRAININGSPEC']._serialized_start=125
-  _globals['_TRAININGSPEC']._serialized_end=1179
-  _globals['_LORACONFIG']._serialized_start=1182
-  _globals['_LORACONFIG']._serialized_end=1334
-  _globals['_TRAININGRESULT']._serialized_start=1337
-  _globals['_TRAININGRESULT']._serialized_end=1669
-  _globals['_HELDOUTCOMPARISON']._serialized_start=1672
-  _globals['_HELDOUTCOMPARISON']._serialized_end=1826
-  _globals['_TRAININGESTIMATE']._serialized_start=1829
-  _globals['_TRAININGESTIMATE']._serialized_end=2491
-  _globals['_TRAININGESTIMATE_HELDMEMORYBYTESENTRY']._serialized_start=2341
-  _globals['_TRAININGESTIMATE_HELDMEMORYBYTESENTRY']._serialized_end=2395
-  _globals['_TRAININGESTIMATE_MEMORYRANGE']._serialized_start=2397
-  _globals['_TRAININGESTIMATE_MEMORYRANGE']._serialized_end=2491
+  _globals['_TRAININGSPEC']._serialized_end=1645
+  _globals['_LORACONFIG']._serialized_start=1648
+  _globals['_LORACONFIG']._serialized_end=1888
+  _globals['_TRAININGRESULT']._serialized_start=1891
+  _globals['_TRAININGRESULT']._serialized_end=2253
+  _globals['_HELDOUTCOMPARISON']._serialized_start=2256
+  _globals['_HELDOUTCOMPARISON']._serialized_end=2410
+  _globals['_TRAININGESTIMATE']._serialized_start=2413
+  _globals['_TRAININGESTIMATE']._serialized_end=3075
+  _globals['_TRAININGESTIMATE_HELDMEMORYBYTESENTRY']._serialized_start=2925
+  _globals['_TRAININGESTIMATE_HELDMEMORYBYTESENTRY']._serialized_end=2979
+  _globals['_TRAININGESTIMATE_MEMORYRANGE']._serialized_start=2981
+  _globals['_TRAININGESTIMATE_MEMORYRANGE']._serialized_end=3075
 # @@protoc_insertion_point(module_scope)

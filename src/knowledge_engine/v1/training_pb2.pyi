@@ -20,6 +20,90 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _TrainingMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TrainingMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TrainingMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRAINING_METHOD_UNSPECIFIED: _TrainingMethod.ValueType  # 0
+    """Supervised."""
+    TRAINING_METHOD_SFT: _TrainingMethod.ValueType  # 1
+    """Supervised fine-tuning on conversations: the assistant's messages become likelier."""
+    TRAINING_METHOD_DPO: _TrainingMethod.ValueType  # 2
+    """Direct preference optimization on preferences (Rafailov et al. 2023, arXiv 2305.18290), sigmoid loss: the chosen
+    answer gains on the rejected one, compared with the base without the adapter.
+    """
+
+class TrainingMethod(_TrainingMethod, metaclass=_TrainingMethodEnumTypeWrapper):
+    """How a training learns."""
+
+TRAINING_METHOD_UNSPECIFIED: TrainingMethod.ValueType  # 0
+"""Supervised."""
+TRAINING_METHOD_SFT: TrainingMethod.ValueType  # 1
+"""Supervised fine-tuning on conversations: the assistant's messages become likelier."""
+TRAINING_METHOD_DPO: TrainingMethod.ValueType  # 2
+"""Direct preference optimization on preferences (Rafailov et al. 2023, arXiv 2305.18290), sigmoid loss: the chosen
+answer gains on the rejected one, compared with the base without the adapter.
+"""
+Global___TrainingMethod: _TypeAlias = TrainingMethod  # noqa: Y015
+
+class _SplitBy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SplitByEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SplitBy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPLIT_BY_UNSPECIFIED: _SplitBy.ValueType  # 0
+    """Near-duplicates."""
+    SPLIT_BY_CONVERSATION: _SplitBy.ValueType  # 1
+    """Conversations that say nearly the same."""
+    SPLIT_BY_PRODUCT: _SplitBy.ValueType  # 2
+    """Those, and conversations that show the same product. Refused where all of them hang together."""
+
+class SplitBy(_SplitBy, metaclass=_SplitByEnumTypeWrapper):
+    """What must not be on both sides of a split."""
+
+SPLIT_BY_UNSPECIFIED: SplitBy.ValueType  # 0
+"""Near-duplicates."""
+SPLIT_BY_CONVERSATION: SplitBy.ValueType  # 1
+"""Conversations that say nearly the same."""
+SPLIT_BY_PRODUCT: SplitBy.ValueType  # 2
+"""Those, and conversations that show the same product. Refused where all of them hang together."""
+Global___SplitBy: _TypeAlias = SplitBy  # noqa: Y015
+
+class _Truncation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TruncationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Truncation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRUNCATION_UNSPECIFIED: _Truncation.ValueType  # 0
+    """An error."""
+    TRUNCATION_ERROR: _Truncation.ValueType  # 1
+    """The run is refused, and the rows are named."""
+    TRUNCATION_DROP: _Truncation.ValueType  # 2
+    """It is left out, and named in the job's log."""
+    TRUNCATION_KEEP_LAST_TURNS: _Truncation.ValueType  # 3
+    """Its first messages but the system's are left out, as many as needed, such that it still begins with the user; it is
+    dropped where that does not help. Named in the job's log. Not for preferences.
+    """
+
+class Truncation(_Truncation, metaclass=_TruncationEnumTypeWrapper):
+    """What becomes of a conversation that is too long. No message is ever cut."""
+
+TRUNCATION_UNSPECIFIED: Truncation.ValueType  # 0
+"""An error."""
+TRUNCATION_ERROR: Truncation.ValueType  # 1
+"""The run is refused, and the rows are named."""
+TRUNCATION_DROP: Truncation.ValueType  # 2
+"""It is left out, and named in the job's log."""
+TRUNCATION_KEEP_LAST_TURNS: Truncation.ValueType  # 3
+"""Its first messages but the system's are left out, as many as needed, such that it still begins with the user; it is
+dropped where that does not help. Named in the job's log. Not for preferences.
+"""
+Global___Truncation: _TypeAlias = Truncation  # noqa: Y015
+
 class _LrSchedulerType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -50,7 +134,7 @@ Global___LrSchedulerType: _TypeAlias = LrSchedulerType  # noqa: Y015
 
 @_typing.final
 class TrainingSpec(_message.Message):
-    """A supervised fine-tuning run with LoRA. Names and meanings follow TRL, PEFT and transformers."""
+    """A fine-tuning run with LoRA, supervised or on preferences. Names and meanings follow TRL, PEFT and transformers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -75,10 +159,19 @@ class TrainingSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     SAVE_STEPS_FIELD_NUMBER: _builtins.int
     AUTO_FIND_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    SPLIT_BY_FIELD_NUMBER: _builtins.int
+    TRUNCATION_FIELD_NUMBER: _builtins.int
+    EVAL_DATASET_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    BETA_FIELD_NUMBER: _builtins.int
+    START_FROM_FIELD_NUMBER: _builtins.int
+    LOAD_BEST_MODEL_AT_END_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_PATIENCE_FIELD_NUMBER: _builtins.int
+    NEFTUNE_NOISE_ALPHA_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """The base model: `base`, or one of the operator's KNOWLEDGE_BASE_MODELS. `base` when empty."""
     dataset: _builtins.str
-    """The conversations to learn from, `datasets/{dataset}`."""
+    """The conversations to learn from, with method DPO the preferences, `datasets/{dataset}`."""
     model: _builtins.str
     """The model to publish a new version of, `models/{model}`; created when it is new."""
     use_qlora: _builtins.bool
@@ -98,15 +191,19 @@ class TrainingSpec(_message.Message):
     max_steps: _builtins.int
     """Optimizer steps, 1 to 1,000,000, instead of num_train_epochs."""
     per_device_train_batch_size: _builtins.int
-    """Conversations in one forward pass, 1 to 64. Default 1."""
+    """Conversations in one forward pass at most, 1 to 64; long ones go in smaller parts, and the optimizer step stays
+    the same. Default 1.
+    """
     gradient_accumulation_steps: _builtins.int
     """Forward passes in one optimizer step, 1 to 256. Default 1."""
     max_length: _builtins.int
-    """Longest conversation in tokens, 16 to 131,072 and within the base's context. A longer one is refused by
-    its row number, never cut. Default 2048, or the base's context where that is smaller.
+    """Longest conversation in tokens, 16 to 131,072 and within the base's context; `truncation` decides about longer
+    ones. Default 2048, or the base's context where that is smaller.
     """
     eval_split: _builtins.float
-    """Share of the conversations held out for evaluation, 0 to 0.5; 0 evaluates nothing. Default 0.1."""
+    """Share of the conversations held out for evaluation, 0 to 0.5, in whole groups as `split_by` says; 0 holds out
+    nothing. Default 0.1, or 0 with an eval_dataset.
+    """
     eval_steps: _builtins.int
     """Evaluate every so many optimizer steps, 0 to 1,000,000; 0 evaluates only at the end. Default 0."""
     logging_steps: _builtins.int
@@ -120,6 +217,32 @@ class TrainingSpec(_message.Message):
     auto_find_batch_size: _builtins.bool
     """Go on once with half of per_device_train_batch_size and twice as many gradient accumulation steps when memory
     runs out. Default false.
+    """
+    split_by: Global___SplitBy.ValueType
+    """What must not be on both sides of the split. Near-duplicates when unset."""
+    truncation: Global___Truncation.ValueType
+    """What becomes of a conversation that is longer than max_length. An error when unset."""
+    eval_dataset: _builtins.str
+    """An evaluation to evaluate on instead of held-out conversations, `datasets/{dataset}`; refused beside eval_split."""
+    method: Global___TrainingMethod.ValueType
+    """Supervised fine-tuning when unset."""
+    beta: _builtins.float
+    """DPO: how closely the model stays to the base, above 0 and at most 10; refused with another method. Default 0.1."""
+    start_from: _builtins.str
+    """Go on from the adapter of this version, `models/{model}/versions/{version}`, of the same base. Its shape is the
+    default of `lora`, and must be.
+    """
+    load_best_model_at_end: _builtins.bool
+    """Publish the weights of the step with the lowest loss in evaluation; needs eval_steps, and evaluates the last step
+    as well. Default false.
+    """
+    early_stopping_patience: _builtins.int
+    """Stop after so many evaluations in a row without a new lowest loss, 0 to 1000; needs eval_steps, 0 never stops.
+    Default 0.
+    """
+    neftune_noise_alpha: _builtins.float
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914): noise on the embeddings while training, uniform within
+    alpha / sqrt(tokens * width), 0 to 100; 0 adds none. Default 0.
     """
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
@@ -149,13 +272,26 @@ class TrainingSpec(_message.Message):
         seed: _builtins.int | None = ...,
         save_steps: _builtins.int | None = ...,
         auto_find_batch_size: _builtins.bool | None = ...,
+        split_by: Global___SplitBy.ValueType = ...,
+        truncation: Global___Truncation.ValueType = ...,
+        eval_dataset: _builtins.str = ...,
+        method: Global___TrainingMethod.ValueType = ...,
+        beta: _builtins.float | None = ...,
+        start_from: _builtins.str = ...,
+        load_best_model_at_end: _builtins.bool | None = ...,
+        early_stopping_patience: _builtins.int | None = ...,
+        neftune_noise_alpha: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size", "_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_save_steps", b"_save_steps", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "auto_find_batch_size", b"auto_find_batch_size", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "logging_steps", b"logging_steps", "lora", b"lora", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "save_steps", b"save_steps", "seed", b"seed", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size", "_beta", b"_beta", "_early_stopping_patience", b"_early_stopping_patience", "_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_load_best_model_at_end", b"_load_best_model_at_end", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_neftune_noise_alpha", b"_neftune_noise_alpha", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_save_steps", b"_save_steps", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "auto_find_batch_size", b"auto_find_batch_size", "beta", b"beta", "early_stopping_patience", b"early_stopping_patience", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "load_best_model_at_end", b"load_best_model_at_end", "logging_steps", b"logging_steps", "lora", b"lora", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "neftune_noise_alpha", b"neftune_noise_alpha", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "save_steps", b"save_steps", "seed", b"seed", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size", "_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_save_steps", b"_save_steps", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "auto_find_batch_size", b"auto_find_batch_size", "base_model", b"base_model", "dataset", b"dataset", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "logging_steps", b"logging_steps", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "model", b"model", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "save_steps", b"save_steps", "seed", b"seed", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size", "_beta", b"_beta", "_early_stopping_patience", b"_early_stopping_patience", "_eval_split", b"_eval_split", "_eval_steps", b"_eval_steps", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_load_best_model_at_end", b"_load_best_model_at_end", "_logging_steps", b"_logging_steps", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_neftune_noise_alpha", b"_neftune_noise_alpha", "_num_train_epochs", b"_num_train_epochs", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_save_steps", b"_save_steps", "_seed", b"_seed", "_use_qlora", b"_use_qlora", "_warmup_ratio", b"_warmup_ratio", "_weight_decay", b"_weight_decay", "auto_find_batch_size", b"auto_find_batch_size", "base_model", b"base_model", "beta", b"beta", "dataset", b"dataset", "early_stopping_patience", b"early_stopping_patience", "eval_dataset", b"eval_dataset", "eval_split", b"eval_split", "eval_steps", b"eval_steps", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "load_best_model_at_end", b"load_best_model_at_end", "logging_steps", b"logging_steps", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "method", b"method", "model", b"model", "neftune_noise_alpha", b"neftune_noise_alpha", "num_train_epochs", b"num_train_epochs", "per_device_train_batch_size", b"per_device_train_batch_size", "save_steps", b"save_steps", "seed", b"seed", "split_by", b"split_by", "start_from", b"start_from", "truncation", b"truncation", "use_qlora", b"use_qlora", "warmup_ratio", b"warmup_ratio", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__auto_find_batch_size: _TypeAlias = _typing.Literal["auto_find_batch_size"]  # noqa: Y015
     _WhichOneofArgType__auto_find_batch_size: _TypeAlias = _typing.Literal["_auto_find_batch_size", b"_auto_find_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__early_stopping_patience: _TypeAlias = _typing.Literal["early_stopping_patience"]  # noqa: Y015
+    _WhichOneofArgType__early_stopping_patience: _TypeAlias = _typing.Literal["_early_stopping_patience", b"_early_stopping_patience"]  # noqa: Y015
     _WhichOneofReturnType__eval_split: _TypeAlias = _typing.Literal["eval_split"]  # noqa: Y015
     _WhichOneofArgType__eval_split: _TypeAlias = _typing.Literal["_eval_split", b"_eval_split"]  # noqa: Y015
     _WhichOneofReturnType__eval_steps: _TypeAlias = _typing.Literal["eval_steps"]  # noqa: Y015
@@ -164,6 +300,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__load_best_model_at_end: _TypeAlias = _typing.Literal["load_best_model_at_end"]  # noqa: Y015
+    _WhichOneofArgType__load_best_model_at_end: _TypeAlias = _typing.Literal["_load_best_model_at_end", b"_load_best_model_at_end"]  # noqa: Y015
     _WhichOneofReturnType__logging_steps: _TypeAlias = _typing.Literal["logging_steps"]  # noqa: Y015
     _WhichOneofArgType__logging_steps: _TypeAlias = _typing.Literal["_logging_steps", b"_logging_steps"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
@@ -172,6 +310,8 @@ class TrainingSpec(_message.Message):
     _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
     _WhichOneofReturnType__max_steps: _TypeAlias = _typing.Literal["max_steps"]  # noqa: Y015
     _WhichOneofArgType__max_steps: _TypeAlias = _typing.Literal["_max_steps", b"_max_steps"]  # noqa: Y015
+    _WhichOneofReturnType__neftune_noise_alpha: _TypeAlias = _typing.Literal["neftune_noise_alpha"]  # noqa: Y015
+    _WhichOneofArgType__neftune_noise_alpha: _TypeAlias = _typing.Literal["_neftune_noise_alpha", b"_neftune_noise_alpha"]  # noqa: Y015
     _WhichOneofReturnType__num_train_epochs: _TypeAlias = _typing.Literal["num_train_epochs"]  # noqa: Y015
     _WhichOneofArgType__num_train_epochs: _TypeAlias = _typing.Literal["_num_train_epochs", b"_num_train_epochs"]  # noqa: Y015
     _WhichOneofReturnType__per_device_train_batch_size: _TypeAlias = _typing.Literal["per_device_train_batch_size"]  # noqa: Y015
@@ -189,6 +329,10 @@ class TrainingSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__auto_find_batch_size) -> _WhichOneofReturnType__auto_find_batch_size | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stopping_patience) -> _WhichOneofReturnType__early_stopping_patience | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_split) -> _WhichOneofReturnType__eval_split | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_steps) -> _WhichOneofReturnType__eval_steps | None: ...
@@ -197,6 +341,8 @@ class TrainingSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load_best_model_at_end) -> _WhichOneofReturnType__load_best_model_at_end | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logging_steps) -> _WhichOneofReturnType__logging_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
@@ -204,6 +350,8 @@ class TrainingSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_steps) -> _WhichOneofReturnType__max_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__neftune_noise_alpha) -> _WhichOneofReturnType__neftune_noise_alpha | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_train_epochs) -> _WhichOneofReturnType__num_train_epochs | None: ...
     @_typing.overload
@@ -231,12 +379,22 @@ class LoraConfig(_message.Message):
     ALPHA_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    USE_RSLORA_FIELD_NUMBER: _builtins.int
+    USE_DORA_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank r of the update matrices, 1 to 256. Default 16."""
     alpha: _builtins.int
     """Scale: the update is multiplied by alpha / rank. 1 to 1024. Default 32."""
     dropout: _builtins.float
     """Dropout before the first matrix, 0 up to but not including 1. Default 0.05."""
+    use_rslora: _builtins.bool
+    """Scale by alpha / sqrt(rank) instead, so that a larger rank does not train less (rsLoRA, Kalajdzievski 2023,
+    arXiv 2312.03732). Default false.
+    """
+    use_dora: _builtins.bool
+    """Learn the length of every row of a weight apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353).
+    Slower, with more memory, and vLLM does not serve it. Default false.
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the linear modules to adapt, such as `q_proj`. All linear modules but the head when empty."""
@@ -248,10 +406,12 @@ class LoraConfig(_message.Message):
         alpha: _builtins.int | None = ...,
         dropout: _builtins.float | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        use_rslora: _builtins.bool | None = ...,
+        use_dora: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -259,12 +419,20 @@ class LoraConfig(_message.Message):
     _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__use_dora: _TypeAlias = _typing.Literal["use_dora"]  # noqa: Y015
+    _WhichOneofArgType__use_dora: _TypeAlias = _typing.Literal["_use_dora", b"_use_dora"]  # noqa: Y015
+    _WhichOneofReturnType__use_rslora: _TypeAlias = _typing.Literal["use_rslora"]  # noqa: Y015
+    _WhichOneofArgType__use_rslora: _TypeAlias = _typing.Literal["_use_rslora", b"_use_rslora"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_dora) -> _WhichOneofReturnType__use_dora | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_rslora) -> _WhichOneofReturnType__use_rslora | None: ...
 
 Global___LoraConfig: _TypeAlias = LoraConfig  # noqa: Y015
 
@@ -283,12 +451,13 @@ class TrainingResult(_message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     TRAINING_TIME_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PUBLISHED_STEP_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """The published version, `models/{model}/versions/{version}`."""
     digest: _builtins.str
     """Digest of that version, `sha256:...`."""
     train_loss: _builtins.float
-    """Mean loss per trained token over the last epoch's steps, in nats, in the training precision."""
+    """Mean loss per trained token, with DPO per preference, over the last epoch's steps, in nats, in the training precision."""
     num_steps: _builtins.int
     """Optimizer steps taken."""
     num_tokens: _builtins.int
@@ -296,7 +465,9 @@ class TrainingResult(_message.Message):
     tokens_per_second: _builtins.float
     """Tokens processed per second of training, padding and evaluation left out."""
     peak_memory_bytes: _builtins.int
-    """Largest resident memory of the worker, in bytes."""
+    """Largest memory of the worker, in bytes: resident, or reserved on its CUDA device (without the CUDA context)."""
+    published_step: _builtins.int
+    """The step whose weights were published; the last one unless load_best_model_at_end found a better one."""
     @_builtins.property
     def comparison(self) -> Global___HeldOutComparison:
         """Base against tuned model; unset when eval_split is 0."""
@@ -317,10 +488,11 @@ class TrainingResult(_message.Message):
         tokens_per_second: _builtins.float = ...,
         training_time: _duration_pb2.Duration | None = ...,
         peak_memory_bytes: _builtins.int = ...,
+        published_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "training_time", b"training_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "digest", b"digest", "model_version", b"model_version", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "peak_memory_bytes", b"peak_memory_bytes", "tokens_per_second", b"tokens_per_second", "train_loss", b"train_loss", "training_time", b"training_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "digest", b"digest", "model_version", b"model_version", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "peak_memory_bytes", b"peak_memory_bytes", "published_step", b"published_step", "tokens_per_second", b"tokens_per_second", "train_loss", b"train_loss", "training_time", b"training_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -328,7 +500,7 @@ Global___TrainingResult: _TypeAlias = TrainingResult  # noqa: Y015
 
 @_typing.final
 class HeldOutComparison(_message.Message):
-    """Base and tuned model on the same held-out conversations, both in the serving precision."""
+    """Base and tuned model on the same held-out rows, both in the serving precision."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -338,11 +510,13 @@ class HeldOutComparison(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     base_loss: _builtins.float
-    """Mean negative log-likelihood per assistant token of the base, in nats."""
+    """Mean negative log-likelihood per assistant token of the base, in nats; with DPO its mean loss per preference, which
+    is ln 2.
+    """
     tuned_loss: _builtins.float
     """The same of the tuned model."""
     num_conversations: _builtins.int
-    """Held-out conversations."""
+    """Held-out conversations or preferences."""
     num_tokens: _builtins.int
     """Assistant tokens scored."""
     precision: _builtins.str
@@ -448,7 +622,7 @@ class TrainingEstimate(_message.Message):
     """Why it would not, in a sentence; empty when it would."""
     @_builtins.property
     def memory(self) -> Global___TrainingEstimate.MemoryRange:
-        """Largest resident memory of the worker on its device."""
+        """Largest memory of the worker: resident, or on its CUDA device with the CUDA context."""
 
     @_builtins.property
     def held_memory_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:

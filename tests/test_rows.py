@@ -1,0 +1,237 @@
+"""Every kind of broken row has its code, and other people's layouts become ours."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from knowledge_engine.cli import app
+from knowledge_engine.core import DatasetFormat, DatasetKind
+from knowledge_engine.errors import Violation
+from knowledge_engine.rows import MAX_LINE_BYTES, RowCode, Rows
+
+TALKS, SHOP, BETTER = DatasetKind.CONVERSATIONS, DatasetKind.CATALOGUE, DatasetKind.PREFERENCES
+JSONL, CSV, SHAREGPT, ALPACA = DatasetFormat
+GOOD = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+PRODUCT = '{"id": "a", "title": "Kettle", "price": 49.90, "currency": "EUR", "category": "Kitchen"}'
+HEADER = "id,title,price,currency,category\n"
+
+
+def said(*contents: str, **extra: Any) -> list[dict[str, Any]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[at % 2], "content": text} | extra for at, text in enumerate(contents)]
+
+
+def answer(text: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def line(**row: Any) -> bytes:
+    return json.dumps(row).encode()
+
+
+def messages(*items: Any) -> bytes:
+    return line(messages=list(items))
+
+
+def read(
+    content: bytes, kind: DatasetKind = TALKS, layout: DatasetFormat = JSONL, chunk: int = 1000
+) -> tuple[list[dict[str, Any]], list[Violation]]:
+    rows = Rows(kind, layout, [content[at : at + chunk] for at in range(0, len(content), chunk)])
+    return list(rows), rows.violations
+
+
+USER, TOLD = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
+    (TALKS, JSONL, b"x" * (MAX_LINE_BYTES + 1), RowCode.LINE_TOO_LONG, f"longer than {MAX_LINE_BYTES} bytes"),
+    (TALKS, JSONL, b"  ", RowCode.LINE_EMPTY, "is empty"),
+    (TALKS, JSONL, b'{"messages": "\xff"}', RowCode.NOT_UTF8, "is not UTF-8 at byte 15"),
+    (TALKS, JSONL, b'{"messages": "\0"}', RowCode.NUL_BYTE, "NUL byte"),
+    (TALKS, JSONL, b"{", RowCode.JSON_INVALID, "is not JSON"),
+    (TALKS, JSONL, b'{"messages": NaN}', RowCode.JSON_INVALID, "NaN is no number"),
+    (TALKS, JSONL, b'{"messages": [], "messages": []}', RowCode.JSON_INVALID, "is there twice"),
+    (TALKS, JSONL, b"[" * 100_000, RowCode.JSON_INVALID, "nested too deeply"),
+    (TALKS, JSONL, b"[]", RowCode.NOT_AN_OBJECT, "must be an object"),
+    (TALKS, JSONL, b"{}", RowCode.FIELD_MISSING, "messages is missing or empty"),
+    (TALKS, JSONL, b'{"messages": []}', RowCode.FIELD_MISSING, "messages is missing or empty"),
+    (TALKS, JSONL, b'{"messages": {"role": "user"}}', RowCode.FIELD_INVALID, "must be a list"),
+    (TALKS, JSONL, messages("hello"), RowCode.FIELD_INVALID, "messages[0] must be an object"),
+    (TALKS, JSONL, messages({"role": "user", "content": 5}), RowCode.FIELD_INVALID, "content must be text"),
+    (TALKS, JSONL, messages(USER | {"name": "z"}, TOLD), RowCode.FIELD_UNKNOWN, "unknown field 'name'"),
+    (TALKS, JSONL, line(messages=[USER, TOLD], split="train"), RowCode.FIELD_UNKNOWN, "unknown field 'split'"),
+    (TALKS, JSONL, line(messages=[USER, TOLD], tools=[]), RowCode.TOOLS_UNSUPPORTED, "neither trained nor served"),
+    (TALKS, JSONL, messages(USER, TOLD | {"tool_calls": []}), RowCode.TOOLS_UNSUPPORTED, "tool_calls"),
+    (TALKS, JSONL, messages(*[USER, TOLD] * 101), RowCode.TOO_MANY_MESSAGES, "more than 200 messages"),
+    (TALKS, JSONL, messages({"role": "tool", "content": "x"}), RowCode.ROLE_UNKNOWN, "role must be one of"),
+    (TALKS, JSONL, messages({"role": ["user"], "content": "x"}), RowCode.ROLE_UNKNOWN, "role must be one of"),
+    (TALKS, JSONL, messages(USER, TOLD, {"role": "system", "content": "z"}), RowCode.SYSTEM_NOT_FIRST, "only the"),
+    (TALKS, JSONL, messages({"role": "user", "content": " "}, TOLD), RowCode.CONTENT_EMPTY, "content is empty"),
+    (TALKS, JSONL, messages({"role": "user", "content": "\ud800"}, TOLD), RowCode.CHARACTER_REFUSED, "lone surrogate"),
+    (TALKS, JSONL, messages({"role": "user", "content": "\0"}, TOLD), RowCode.CHARACTER_REFUSED, "NUL"),
+    (TALKS, JSONL, messages(USER | {"weight": 0}, TOLD), RowCode.WEIGHT_INVALID, "messages[0].weight must be 0 or 1"),
+    (TALKS, JSONL, messages(USER, TOLD | {"weight": 0.5}), RowCode.WEIGHT_INVALID, "messages[1].weight"),
+    (TALKS, JSONL, messages(USER, TOLD | {"weight": True}), RowCode.WEIGHT_INVALID, "messages[1].weight"),
+    (TALKS, JSONL, messages(USER), RowCode.NOTHING_TO_LEARN, "no assistant message"),
+    (TALKS, JSONL, messages(USER, TOLD | {"weight": 0}), RowCode.NOTHING_TO_LEARN, "every assistant message 0"),
+    (TALKS, JSONL, line(messages=[USER, TOLD], products=[{"id": "a"}]), RowCode.PRODUCT_INVALID, "products[0]: title"),
+    (TALKS, JSONL, line(messages=[USER, TOLD], products={}), RowCode.FIELD_INVALID, "products must be a list"),
+    (SHOP, JSONL, b"[]", RowCode.NOT_AN_OBJECT, "must be an object with the fields of a product"),
+    (SHOP, JSONL, PRODUCT.replace("EUR", "XXX").encode(), RowCode.PRODUCT_INVALID, "currency must be"),
+    (BETTER, JSONL, GOOD, RowCode.FIELD_UNKNOWN, "unknown field 'messages'"),
+    (BETTER, JSONL, line(prompt="x", chosen=answer("a"), rejected=answer("b")), RowCode.FIELD_INVALID, "prompt must"),
+    (BETTER, JSONL, line(prompt=said("x"), chosen=answer("a")), RowCode.FIELD_MISSING, "rejected is missing"),
+    (BETTER, JSONL, line(prompt=said("x", "y"), chosen=answer("a"), rejected=answer("b")), RowCode.PROMPT_INVALID,
+     "must end with the user's words"),
+    (BETTER, JSONL, line(chosen=said("x", "a"), rejected=said("y", "b")), RowCode.PROMPT_INVALID, "must end with"),
+    (BETTER, JSONL, line(prompt=said("x"), chosen=said("z"), rejected=answer("b")), RowCode.ANSWER_MISSING, "chosen"),
+    (BETTER, JSONL, line(chosen=said("x", "a"), rejected=said("x", "a")), RowCode.ANSWERS_EQUAL, "are the same"),
+    (BETTER, JSONL, line(prompt=said("x"), chosen=[TOLD | {"weight": 0}], rejected=answer("b")), RowCode.WEIGHT_INVALID,
+     "weight is for conversations"),
+    (TALKS, SHAREGPT, line(messages=[]), RowCode.FIELD_UNKNOWN, "unknown field 'messages'"),
+    (TALKS, SHAREGPT, line(conversations=[]), RowCode.FIELD_MISSING, "conversations is missing"),
+    (TALKS, SHAREGPT, line(conversations=["a"]), RowCode.FIELD_INVALID, "must be a list of objects"),
+    (TALKS, SHAREGPT, line(conversations=[{"from": "bot", "value": "a"}]), RowCode.ROLE_UNKNOWN, "from must be one of"),
+    (TALKS, SHAREGPT, line(conversations=[{"from": "gpt", "value": ""}]), RowCode.CONTENT_EMPTY, "[0].value is empty"),
+    (TALKS, ALPACA, line(instruction="a"), RowCode.FIELD_MISSING, "output is missing"),
+    (TALKS, ALPACA, line(instruction="a", output="b", text="c"), RowCode.FIELD_UNKNOWN, "unknown field 'text'"),
+    (TALKS, ALPACA, line(instruction="a", output="b", history=["c"]), RowCode.FIELD_INVALID, "history must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "row", "code", "sentence"),
+    BROKEN,
+    ids=[f"{kind}-{layout}-{code}-{row[:30]!r}" for kind, layout, row, code, _ in BROKEN],
+)
+def test_a_broken_row_has_its_line_code_and_reason(
+    kind: DatasetKind, layout: DatasetFormat, row: bytes, code: RowCode, sentence: str
+) -> None:
+    rows, violations = read(row + b"\n", kind, layout)
+    assert rows == []
+    assert [(item.field, item.reason) for item in violations] == [("line 1", code)]
+    assert sentence in violations[0].description
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "code"),
+    [
+        (HEADER + "a,Mug,9,EUR,K\na,Cup,9,EUR,K\n", "line 3", RowCode.ID_DUPLICATE),
+        (HEADER + "a,Mug,nan,EUR,K\n", "line 2", RowCode.PRODUCT_INVALID),
+        (HEADER + "a,Mug\n", "line 2", RowCode.PRODUCT_INVALID),
+        (HEADER + '"a,Mug,9,EUR,K\n', "line 2", RowCode.CSV_INVALID),
+        (HEADER + "\n", "line 2", RowCode.LINE_EMPTY),
+        ("id,title\n", "line 1", RowCode.CSV_INVALID),
+        ("\ufeff" + HEADER, "line 1", RowCode.BYTE_ORDER_MARK),
+        (HEADER, "line 1", RowCode.NO_ROWS),
+    ],
+)
+def test_a_broken_table_has_its_line_and_code(content: str, field: str, code: RowCode) -> None:
+    _, violations = read(content.encode(), SHOP, CSV)
+    assert (violations[0].field, violations[0].reason) == (field, code)
+
+
+def test_every_code_is_tested() -> None:
+    tables = {RowCode.ID_DUPLICATE, RowCode.CSV_INVALID, RowCode.BYTE_ORDER_MARK, RowCode.NO_ROWS}
+    assert {code for *_, code, _ in BROKEN} | tables == set(RowCode)
+    assert len(RowCode) >= 15
+
+
+@pytest.mark.parametrize(("kind", "layout"), [(TALKS, CSV), (SHOP, ALPACA), (BETTER, SHAREGPT)])
+def test_a_kind_comes_in_its_own_layouts(kind: DatasetKind, layout: DatasetFormat) -> None:
+    _, violations = read(GOOD, kind, layout)
+    assert (violations[0].field, violations[0].reason) == ("format", RowCode.FIELD_INVALID)
+
+
+CONVERSATION = {"messages": [{"role": "system", "content": "Be kind."}, *said("Hi", "Hello", "And?", "So.")]}
+SHAREGPT_ROW = {
+    "id": "identity_0",
+    "system": "Be kind.",
+    "conversations": [
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello"},
+        {"from": "user", "value": "And?"},
+        {"from": "assistant", "value": "So."},
+    ],
+}
+ALPACA_ROW = {"instruction": "And?", "input": "", "output": "So.", "system": "Be kind.", "history": [["Hi", "Hello"]]}
+
+
+@pytest.mark.parametrize(("layout", "row"), [(SHAREGPT, SHAREGPT_ROW), (ALPACA, ALPACA_ROW)])
+@pytest.mark.parametrize("shape", ["lines", "array", "indented"])
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_other_layouts_become_ours(layout: DatasetFormat, row: dict[str, Any], shape: str, chunk: int) -> None:
+    texts = {
+        "lines": "\n".join([json.dumps(row)] * 3),
+        "array": " \n" + json.dumps([row] * 3, ensure_ascii=False),
+        "indented": json.dumps([row] * 3, indent=2) + "\n\n",
+    }
+    rows, violations = read(texts[shape].encode(), TALKS, layout, chunk)
+    assert violations == []
+    assert rows == [CONVERSATION] * 3
+
+
+def test_an_input_follows_its_instruction_and_a_weight_comes_along() -> None:
+    rows, _ = read(line(instruction="Translate", input="Tasse", output="cup"), TALKS, ALPACA)
+    assert rows == [{"messages": said("Translate\nTasse", "cup")}]
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0},
+             {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]  # fmt: skip
+    rows, _ = read(line(conversations=turns), TALKS, SHAREGPT)
+    assert [message.get("weight") for message in rows[0]["messages"]] == [None, 0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "code"),
+    [
+        (b"[", "row 1", RowCode.JSON_INVALID),
+        (b"[]", "line 1", RowCode.NO_ROWS),
+        (b"[{}", "row 1", RowCode.FIELD_MISSING),
+        (json.dumps([ALPACA_ROW]).encode()[:-1], "row 1", RowCode.JSON_INVALID),
+        (json.dumps([ALPACA_ROW]).encode() + b"[", "row 1", RowCode.JSON_INVALID),
+        (json.dumps([ALPACA_ROW]).encode()[:-1] + b',{"a": 1, "a": 2}]', "row 1", RowCode.JSON_INVALID),
+        (json.dumps([ALPACA_ROW, 5, ALPACA_ROW]).encode(), "row 2", RowCode.NOT_AN_OBJECT),
+        (b'[{"instruction": "\xff"}]', "row 1", RowCode.NOT_UTF8),
+        (b'[{"instruction": "' + b"x" * (MAX_LINE_BYTES + 2**19), "row 1", RowCode.LINE_TOO_LONG),
+    ],
+    ids=["open", "empty", "cut", "not closed", "more", "twice", "number", "bytes", "long"],
+)
+def test_a_broken_array_names_its_row(content: bytes, field: str, code: RowCode) -> None:
+    _, violations = read(content, TALKS, ALPACA, chunk=100_000)
+    assert (violations[0].field, violations[0].reason) == (field, code)
+
+
+def test_an_array_is_never_held_whole() -> None:
+    row = json.dumps(ALPACA_ROW | {"output": "x" * 10_000}).encode()
+
+    def chunks() -> Iterator[bytes]:
+        yield b"["
+        for at in range(800):
+            yield (b"," if at else b"") + row
+        yield b"]"
+
+    tracemalloc.start()
+    rows = Rows(TALKS, ALPACA, chunks())
+    assert sum(1 for _ in rows) == 800
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows.violations == []
+    assert peak < 4_000_000
+
+
+def test_a_file_is_checked_without_an_upload(tmp_path: Path) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_bytes(GOOD + b"\n" + messages(USER) + b"\n" + b"{\n" * 30)
+    result = CliRunner().invoke(app, ["data", "check", str(file), "--json"])
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)["violations"]
+    assert [item["reason"] for item in told] == ["NOTHING_TO_LEARN", *["JSON_INVALID"] * 30]
+    shown = CliRunner().invoke(app, ["data", "check", str(file), "--limit", "1"])
+    assert "NOTHING_TO_LEARN" in shown.stdout
+    assert "line 3" not in shown.stdout
+    file.write_bytes(GOOD)
+    assert CliRunner().invoke(app, ["data", "check", str(file)]).exit_code == 0

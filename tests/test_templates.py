@@ -1,0 +1,197 @@
+"""What is trained, family by family: chat templates of our own, on tokenizers made here.
+
+Each was seen to render these conversations as the published template does whose source and digest `templates.json`
+names; the published texts themselves are not kept here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from knowledge_engine.core import Message
+from knowledge_engine.errors import InvalidSpecError, Reason
+from knowledge_engine.text import ChatText
+from tests.test_text import _sentencepiece_like
+from tests.tiny import build_tiny_base
+
+TEMPLATES = json.loads((Path(__file__).parent / "templates.json").read_text(encoding="utf-8"))
+_SPECIAL: dict[str, tuple[list[str], str, str]] = {
+    "chatml": (["<|im_start|>", "<|im_end|>"], "<s>", "<|im_end|>"),
+    "gemma": (["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+    "llama-2": ([], "<s>", "</s>"),
+    "llama-3": (
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+    ),
+    "mistral-v1": ([], "<s>", "</s>"),
+    "mistral-v3": (["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"], "<s>", "</s>"),
+    "phi-3": (["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], "<s>", "<|endoftext|>"),
+    "qwen": (["<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_end|>"),
+    "zephyr": ([], "<s>", "</s>"),
+}
+"""Control tokens of a family, its bos and its eos."""
+FAMILY = {name: name for name in _SPECIAL} | {
+    "llama-3-unconditional": "llama-3",
+    "qwen-2": "qwen",
+}
+
+
+class Golden(NamedTuple):
+    """A conversation of two turns without a system message: the rendered text, with « before and » behind what is
+    trained. `system` is how the text begins with one, or a word of why it is refused."""
+
+    text: str
+    system: str
+
+
+GOLDEN = {
+    "chatml": Golden(
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n«Hi!<|im_end|>»\n"
+        "<|im_start|>user\nPrice?<|im_end|>\n<|im_start|>assistant\n«20 EUR.<|im_end|>»\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello",
+    ),
+    "gemma": Golden(
+        "<bos><start_of_turn>user\nHello there<end_of_turn>\n<start_of_turn>model\n«Hi!<end_of_turn>»\n"
+        "<start_of_turn>user\nPrice?<end_of_turn>\n<start_of_turn>model\n«20 EUR.<end_of_turn>»\n",
+        "refused: System role not supported",
+    ),
+    "llama-2": Golden(
+        "<s>[INST] Hello there [/INST]« Hi! </s>»<s>[INST] Price? [/INST]« 20 EUR. </s>»",
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHello",
+    ),
+    "llama-3": Golden(
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Hi!<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nPrice?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«20 EUR.<|eot_id|>»",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user",
+    ),
+    "mistral-v1": Golden(
+        "<s>[INST] Hello there [/INST]«Hi!</s>» [INST] Price? [/INST]«20 EUR.</s>» ",
+        "refused: roles must alternate",
+    ),
+    "mistral-v3": Golden(
+        "<s>[INST]Hello there[/INST]« Hi! </s>»[INST]Price?[/INST]« 20 EUR. </s>»",
+        "refused: leaves out message 1, which is the system's",
+    ),
+    "phi-3": Golden(
+        "<s><|user|>\nHello there<|end|>\n<|assistant|>\n«Hi!<|end|>»\n"
+        "<|user|>\nPrice?<|end|>\n<|assistant|>\n«20 EUR.<|end|>»\n<|endoftext|>",
+        "<s><|system|>\nBe brief.<|end|>\n<|user|>\nHello",
+    ),
+    "qwen-2": Golden(
+        "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n«Hi!<|im_end|>»\n"
+        "<|im_start|>user\nPrice?<|im_end|>\n<|im_start|>assistant\n«20 EUR.<|im_end|>»\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello",
+    ),
+    "zephyr": Golden(
+        "<|user|>\nHello there</s>\n<|assistant|>\n«Hi!</s>»\n<|user|>\nPrice?</s>\n<|assistant|>\n«20 EUR.</s>»\n",
+        "<|system|>\nBe brief.</s>\n<|user|>\nHello",
+    ),
+}
+REFUSED = {"llama-3-unconditional": "in another way once the conversation goes on"}
+"""Its first release opened the assistant's turn behind every conversation, asked or not."""
+TOKENIZERS = {
+    "byte-level": lambda: Tokenizer.from_str(_byte_level()),
+    "sentencepiece": _sentencepiece_like,
+}
+
+
+@functools.cache
+def _byte_level() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return (build_tiny_base(Path(folder)) / "tokenizer.json").read_text()
+
+
+def text_of(name: str, kind: str = "byte-level") -> ChatText:
+    """The family's template on a tokenizer of ours that has its control tokens."""
+    tokens, bos, eos = _SPECIAL[FAMILY[name]]
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*tokens, bos, eos)])
+    template = TEMPLATES[name]["template"]
+    return ChatText(tokenizer, template, {"bos_token": bos, "eos_token": eos}, [])
+
+
+def conversation(*contents: str, system: str = "") -> list[Message]:
+    roles = ("user", "assistant")
+    turns = [Message.model_validate({"role": roles[i % 2], "content": text}) for i, text in enumerate(contents)]
+    return [Message(role="system", content=system), *turns] if system else turns
+
+
+def marked(text: ChatText, messages: list[Message]) -> str:
+    """The rendered text, with « before and » behind what is trained."""
+    example = text.encode_example(messages)
+    rendered = text.render(messages, add_generation_prompt=False)
+    pieces, position, was_trained = [], 0, False
+    for is_trained, (start, end) in zip(example.trained, example.offsets, strict=True):
+        if is_trained != was_trained:
+            edge = position if was_trained else start
+            pieces += [rendered[position:edge], "»" if was_trained else "«"]
+            position, was_trained = edge, is_trained
+        if is_trained or not was_trained:
+            pieces.append(rendered[position:end])
+            position = end
+    return "".join([*pieces, "»" if was_trained else "", rendered[position:]])
+
+
+TALK = ("Hello there", "Hi!", "Price?", "20 EUR.")
+
+
+def test_every_template_is_labelled_and_used() -> None:
+    assert TEMPLATES.keys() == GOLDEN.keys() | REFUSED.keys()
+    assert {entry["label"] for entry in TEMPLATES.values()} == {"home-made"}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_answers_and_their_end_of_turn_are_trained_and_nothing_else(name: str, kind: str) -> None:
+    text = text_of(name, kind)
+    assert marked(text, conversation(*TALK)) == GOLDEN[name].text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_system_message_is_rendered_or_refused_and_never_lost(name: str, kind: str) -> None:
+    text, expected = text_of(name, kind), GOLDEN[name].system
+    messages = conversation(*TALK, system="Be brief.")
+    if expected.startswith("refused: "):
+        with pytest.raises(InvalidSpecError, match=expected.removeprefix("refused: ")) as caught:
+            text.encode_example(messages)
+        assert caught.value.reason is Reason.SPEC_INVALID
+        return
+    assert text.render(messages, add_generation_prompt=False).startswith(expected)
+    plain = GOLDEN[name].text
+    assert marked(text, messages).partition("Hello there")[2] == plain.partition("Hello there")[2]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_is_asked_is_what_was_trained(name: str, kind: str) -> None:
+    """The prompt of every turn is how the example begins, and its first trained token comes next."""
+    text = text_of(name, kind)
+    messages = conversation(
+        "  Two shoes\n\n", " In red:\n- 20 EUR", "ok <|im_end|> </s> [/INST] <end_of_turn>", "Well.\n"
+    )
+    example = text.encode_example(messages)
+    for turn in (1, 3):
+        prompt = text.encode_prompt(messages[:turn])
+        assert example.input_ids[: len(prompt)] == prompt
+        assert not example.trained[len(prompt) - 1]
+        assert example.trained[len(prompt)]
+    assert sum(a and not b for a, b in zip(example.trained, [*example.trained[1:], False], strict=True)) == 2
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_whose_masks_would_lie_is_refused(name: str) -> None:
+    with pytest.raises(InvalidSpecError, match=REFUSED[name]) as caught:
+        text_of(name)
+    assert caught.value.reason is Reason.CHAT_TEMPLATE_REFUSED

@@ -17,6 +17,8 @@ ACCESS_KEY = "seaweed-access"
 SECRET_KEY = "seaweed-secret-canary"
 _PARTS = ("master", "filer", "volume", "s3", "admin")
 _START_SECONDS = 60
+_STARTS = 3
+_PORT_TAKEN = ("address already in use", "Port allocation failed")
 
 
 class Seaweed(NamedTuple):
@@ -43,16 +45,21 @@ class Seaweed(NamedTuple):
 @contextmanager
 def seaweed(folder: Path) -> Iterator[Seaweed]:
     """Serves until the block ends; everything it stores lies in `folder`."""
-    port = _free_ports(1)[0]
-    process = _start(folder, port)
-    client = _client(f"http://127.0.0.1:{port}")
-    try:
-        _wait_until_it_answers(client, process, folder)
-        yield Seaweed(f"http://127.0.0.1:{port}", client)
-    finally:
-        client.close()
-        process.kill()  # what it stores is thrown away; asked nicely it takes seconds
-        process.wait()
+    for start in range(_STARTS):
+        kept = folder / str(start)
+        port = _free_ports(1)[0]
+        process = _start(kept, port)
+        client = _client(f"http://127.0.0.1:{port}")
+        try:
+            if not _answers(client, process, kept):
+                continue
+            yield Seaweed(f"http://127.0.0.1:{port}", client)
+            return
+        finally:
+            client.close()
+            process.kill()  # what it stores is thrown away; asked nicely it takes seconds
+            process.wait()
+    raise AssertionError((kept / "weed.log").read_text())
 
 
 def _start(folder: Path, s3_port: int) -> subprocess.Popen[bytes]:
@@ -62,7 +69,8 @@ def _start(folder: Path, s3_port: int) -> subprocess.Popen[bytes]:
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
     config.write_text(json.dumps({"identities": [{"name": "tests", "credentials": keys, "actions": actions}]}))
     names = [f"{part}.port{kind}" for part in _PARTS for kind in ("", ".grpc")]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True)) | {"s3.port": s3_port, "s3.port.iceberg": 0}
+    ports = dict(zip(names, _free_ports(len(names)), strict=True)) | {"s3.port": s3_port}
+    ports |= {"s3.port.iceberg": 0, "s3.port.lance": 0}  # on fixed ports otherwise
     flags = {"dir": folder / "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.config": config}
     flags |= {"master.telemetry": "false", "admin.ui": "false", "webdav": "false", "s3.autoCreateBucket": "false"}
     argv = [str(Path(sysconfig.get_path("scripts")) / "weed"), "mini"]
@@ -85,7 +93,8 @@ def _client(endpoint: str) -> Any:
     )
 
 
-def _wait_until_it_answers(client: Any, process: subprocess.Popen[bytes], folder: Path) -> None:
+def _answers(client: Any, process: subprocess.Popen[bytes], folder: Path) -> bool:
+    """Waits until it takes a bucket; false where another process took one of its ports first."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     deadline = time.monotonic() + _START_SECONDS
@@ -94,11 +103,15 @@ def _wait_until_it_answers(client: Any, process: subprocess.Popen[bytes], folder
             client.create_bucket(Bucket="ready")
             client.put_object(Bucket="ready", Key="ready", Body=b"ready")
         except (BotoCoreError, ClientError):
-            assert process.poll() is None, (folder / "weed.log").read_text()
-            assert time.monotonic() < deadline, (folder / "weed.log").read_text()
+            ended = process.poll() is not None
+            log = (folder / "weed.log").read_text(errors="replace")
+            if ended and any(words in log for words in _PORT_TAKEN):
+                return False
+            assert not ended, log
+            assert time.monotonic() < deadline, log
             time.sleep(0.2)
         else:
-            return
+            return True
 
 
 def _free_ports(count: int) -> list[int]:

@@ -380,7 +380,7 @@ def test_a_split_by_product_needs_products(workshop: Workshop) -> None:  # noqa:
 
 def overfitting(base: Base, examples: list[Example], work_dir: Path, **changes: Any) -> Any:  # noqa: F811
     """Eight rows learned by heart, two others to be measured on: their loss falls first and rises then."""
-    values = {"max_steps": 30, "eval_steps": 2, "learning_rate": 0.03, "lr_scheduler_type": "constant"}
+    values = {"max_steps": 20, "eval_steps": 2, "learning_rate": 0.03, "lr_scheduler_type": "constant"}
     values |= {"warmup_ratio": 0.0}
     return trained(base, examples[2:6], examples[:2], work_dir, **values | changes)
 
@@ -389,13 +389,13 @@ def test_the_best_step_is_published(bases: dict[str, Base], examples: list[Examp
     _, context, last = overfitting(bases["llama"], examples, tmp_path / "1", eval_steps=1)
     losses = {step.step: step.eval_loss for step in context.steps if step.eval_loss is not None}
     best = min(losses, key=lambda step: losses[step])
-    assert best < 30  # else nothing would be shown here
-    assert (last.published_step, last.num_steps) == (30, 30)
+    assert best < 20  # else nothing would be shown here
+    assert (last.published_step, last.num_steps) == (20, 20)
     kept, context, summary = overfitting(
         bases["llama"], examples, tmp_path / "2", eval_steps=1, load_best_model_at_end=True
     )
-    assert (summary.published_step, summary.num_steps) == (best, 30)
-    assert any(line.startswith(f"step {best} of 30 is published") for line in context.lines)
+    assert (summary.published_step, summary.num_steps) == (best, 20)
+    assert any(line.startswith(f"step {best} of 20 is published") for line in context.lines)
     until, _, _ = overfitting(bases["llama"], examples, tmp_path / "3", max_steps=best, eval_steps=1)
     assert all(torch.equal(kept[name], until[name]) for name in kept)
 
@@ -408,7 +408,7 @@ def test_it_stops_once_nothing_gets_better(
     changes = {"load_best_model_at_end": True, "early_stopping_patience": 2}
     _, context, summary = overfitting(bases["llama"], examples, tmp_path, **changes)
     losses = [step.eval_loss for step in context.steps if step.eval_loss is not None]
-    assert summary.num_steps == 2 * len(losses) < 30
+    assert summary.num_steps == 2 * len(losses) < 20
     assert losses.index(min(losses)) == len(losses) - 3
     assert summary.published_step == 2 * (len(losses) - 2)
     assert any("stops early" in line for line in context.lines)

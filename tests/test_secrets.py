@@ -237,7 +237,7 @@ def work(
     watched.add("answers", wrong.text)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_no_secret_is_left_anywhere(tmp_path: Path) -> None:
     watched = Watched()
     base = build_tiny_base(tmp_path / "base")

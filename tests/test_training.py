@@ -44,6 +44,7 @@ from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, Example
+from knowledge_engine.training.blocks import use_fused_layers
 from knowledge_engine.training.checkpoints import Checkpoints
 from knowledge_engine.training.data import collate
 from knowledge_engine.training.job import run_training
@@ -217,32 +218,86 @@ def test_every_family_learns_and_its_adapter_serves(
 
 @pytest.mark.parametrize("use_qlora", [True, False], ids=["nf4", "float32"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_short_way_equals_the_plain_loss_and_its_gradients(
+def test_the_short_ways_equal_the_plain_loss_and_its_gradients(
     bases: dict[str, Base], examples: list[Example], family: str, use_qlora: bool
 ) -> None:
-    """Head on trained positions and fused LoRA, against PEFT's forward and a loss over all logits."""
+    """Head on trained positions, no mask, fused LoRA and fused layers, against PEFT's forward and a loss over all
+    logits."""
     spec = SPEC.model_copy(update={"use_qlora": use_qlora, "lora": LoraConfig(dropout=0.0)})
     model = tuned(bases[family], spec)
     for weight in (weights := [w for w in model.parameters() if w.requires_grad]):
         torch.nn.init.normal_(weight, std=0.05)
     batch = collate(examples[:3], "cpu")
+    assert len({len(example.input_ids) for example in examples[:3]}) > 1
+    mask = torch.zeros_like(batch.input_ids)
     labels = torch.full_like(batch.input_ids, -100)
     for row, example in enumerate(examples[:3]):
+        mask[row, : len(example.input_ids)] = 1
         for index, flag in enumerate(example.trained):
             labels[row, index] = example.input_ids[index] if flag else -100
     model.train()
-    plain = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    plain = model(input_ids=batch.input_ids, attention_mask=mask, labels=labels).loss
     plain_gradients = torch.autograd.grad(plain, weights)
 
-    use_fused_lora(model, 0)
-    short = batch_loss(model, batch) / len(batch.targets)
-    gradients = torch.autograd.grad(short, weights)
-    assert short.item() == pytest.approx(plain.item(), abs=1e-5)
-    for ours, theirs in zip(gradients, plain_gradients, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    def equals_the_plain_one() -> None:
+        short = batch_loss(model, batch) / len(batch.targets)
+        gradients = torch.autograd.grad(short, weights)
+        assert short.item() == pytest.approx(plain.item(), abs=1e-5)
+        for ours, theirs in zip(gradients, plain_gradients, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+    masks = use_fused_lora(model, 0)
+    equals_the_plain_one()
+    assert use_fused_layers(model, masks) == (0 if family == "gpt2" else model.config.num_hidden_layers)
+    equals_the_plain_one()
     with torch.no_grad():
         model.eval()
         assert batch_loss(model, batch).item() / len(batch.targets) == pytest.approx(plain.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_fused_layer_drops_what_its_modules_would(
+    bases: dict[str, Base], examples: list[Example], family: str
+) -> None:
+    spec = SPEC.model_copy(update={"lora": LoraConfig(dropout=0.3)})
+    results = []
+    for is_fused in (False, True):
+        model = tuned(bases[family], spec)
+        torch.manual_seed(3)
+        for weight in (weights := [w for w in model.parameters() if w.requires_grad]):
+            torch.nn.init.normal_(weight, std=0.05)
+        masks = use_fused_lora(model, 5)
+        if is_fused:
+            assert use_fused_layers(model, masks)
+        model.train()
+        loss = batch_loss(model, collate(examples[:2], "cpu"))
+        results.append((loss, *torch.autograd.grad(loss, weights), masks.state()))
+    for plain, fused in zip(*results, strict=True):
+        if isinstance(plain, torch.Tensor):
+            assert torch.allclose(plain, fused, rtol=1e-3, atol=1e-4)
+        else:
+            assert plain == fused
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"target_modules": ["q_proj", "v_proj"]}], ids=["dora", "some"])
+def test_other_adapters_are_not_fused(bases: dict[str, Base], lora: dict[str, Any]) -> None:
+    model = tuned(bases["llama"], SPEC.model_copy(update={"lora": LoraConfig(**lora)}))
+    assert use_fused_layers(model, use_fused_lora(model, 0)) == 0
+
+
+def test_a_fused_layer_leaves_a_sliding_window_to_its_own_attention(
+    bases: dict[str, Base], examples: list[Example]
+) -> None:
+    model = tuned(bases["mistral"], SPEC.model_copy(update={"lora": LoraConfig(dropout=0.0)}))
+    model.config.sliding_window = 4
+    masks = use_fused_lora(model, 0)
+    model.train()
+    batch = collate(examples[:1], "cpu")
+    plain = batch_loss(model, batch).item()
+    assert use_fused_layers(model, masks)
+    assert batch_loss(model, batch).item() == pytest.approx(plain, abs=1e-5)
+    model.config.sliding_window = None
+    assert batch_loss(model, batch).item() != pytest.approx(plain, abs=1e-3)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean(bases: dict[str, Base], examples: list[Example]) -> None:

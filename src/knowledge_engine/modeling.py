@@ -31,6 +31,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +42,7 @@ from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Vi
 
 FLOAT32, BFLOAT16, NF4 = "float32", "bfloat16", "nf4"
 
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _OUT_OF_MEMORY = (
@@ -210,6 +212,17 @@ class AdaptedLinear:
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         bias: torch.Tensor | None = self.module.base_layer.bias
         return None if bias is None else bias.to(dtype)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (M, I) times the transpose of weight (O, I), plus bias (O,): (M, O). No gradient flows through it.
+
+    float32 on a CPU goes through oneDNN, as torch's own compiler has it. On CPUs with AVX2 alone that takes as little
+    as 0.6 of the time of the BLAS that `functional.linear` calls, where O is large or tiny.
+    """
+    if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype is torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return functional.linear(x, weight, bias)
 
 
 def adapted_linears(model: PeftModel) -> list[AdaptedLinear]:
@@ -408,6 +421,7 @@ __all__ = [
     "default_device",
     "device_memory",
     "is_out_of_memory",
+    "linear",
     "linear_modules",
     "load_adapter",
     "load_base",

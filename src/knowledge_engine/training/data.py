@@ -15,7 +15,7 @@ from knowledge_engine.training.material import Item, Pair, sides_of
 
 @dataclass(frozen=True)
 class Batch:
-    """`input_ids` and `attention_mask` are (B, T), padded on the right; the mask is None where nothing is padded.
+    """`input_ids` (B, T) are padded on the right, where causal attention never looks: no mask is needed.
 
     `positions` (N,) index the flattened (B * T) hidden states whose next token is trained, `targets` (N,) are those
     tokens, `rows` (N,) the example that each belongs to. `num_tokens` leaves padding out. Of a preference both answers
@@ -23,7 +23,6 @@ class Batch:
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
     positions: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
@@ -38,18 +37,16 @@ class Batch:
 
 
 def collate(items: Sequence[Item], device: str) -> Batch:
-    """One batch on `device`. Padding is token 0: the mask hides it, and no target ever stands there."""
+    """One batch on `device`. Padding is token 0, and no target ever stands there."""
     examples = [example for item in items for example in sides_of(item)]
     longest = max(len(example.input_ids) for example in examples)
     input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
     positions: list[int] = []
     targets: list[int] = []
     rows: list[int] = []
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids[row, :length] = torch.tensor(example.input_ids)
-        mask[row, :length] = 1
         learned = [index for index in range(1, length) if example.trained[index]]
         positions += [row * longest + index - 1 for index in learned]
         targets += [example.input_ids[index] for index in learned]
@@ -57,7 +54,6 @@ def collate(items: Sequence[Item], device: str) -> Batch:
     num_tokens = sum(len(example.input_ids) for example in examples)
     return Batch(
         input_ids=input_ids.to(device),
-        attention_mask=None if num_tokens == input_ids.numel() else mask.to(device),
         positions=torch.tensor(positions, device=device),
         targets=torch.tensor(targets, device=device),
         rows=torch.tensor(rows, device=device),

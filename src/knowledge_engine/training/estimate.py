@@ -1,9 +1,9 @@
 """Preflight: what a training would take, found out before anything loads. No torch.
 
-Counts what `loop.py`, `loss.py` and `lora.py` keep, from the shapes in the base's files and the rows' real lengths in
-tokens. Decision record 0011 has the formula and how far it is from measured peaks. For CUDA the same is counted in the
-device's own number format, without what only a CPU process has. The range is wider for architectures whose activations
-are not known here.
+Counts what `loop.py`, `loss.py`, `lora.py` and `blocks.py` keep, from the shapes in the base's files and the rows' real
+lengths in tokens. Decision record 0011 has the formula and how far it is from measured peaks. For CUDA the same is
+counted in the device's own number format, without what only a CPU process has. The range is wider for architectures
+whose activations are not known here.
 
 Shapes: B examples, T tokens of the longest of them, H width, I inner width, V vocabulary, r rank.
 """
@@ -32,6 +32,7 @@ from knowledge_engine.training.material import Item, num_tokens, num_trained, wi
 from knowledge_engine.training.plan import (
     CHUNK_POSITIONS,
     EVALUATION_BATCH_SIZE,
+    FUSED_LAYERS,
     count_steps,
     plan_windows,
     split_window,
@@ -55,12 +56,10 @@ _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _ADAM_COPIES = 4
 """The weight, its gradient and AdamW's two moments, all in float32."""
-_HEAD_COPIES = 3
-"""Of a chunk's logits at once: themselves or their gradient, their log-softmax, its gradient."""
 _INNER_BACKWARD_COPIES = 3
 """Gradients of the inner width that exist at once in the backward pass of a layer."""
 _KNOWN = {"llama": 4, "mistral": 4, "qwen2": 4, "qwen3": 4, "gpt2": 5}
-"""Tensors of the inner width that a layer keeps for the backward pass, by architecture."""
+"""Tensors of the inner width that a layer keeps for the backward pass where it is not fused, by architecture."""
 _EMBEDDINGS = frozenset({"wte", "wpe", "embed_tokens", "embed_positions", "embed_in", "lm_head", "embed_out"})
 _LAYER = re.compile(r"\.\d+\.")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -98,6 +97,7 @@ class Shape:
     num_weights: int
     file_bytes: int
     is_float32: bool
+    is_fusible: bool
 
     @property
     def num_linear_weights(self) -> int:
@@ -379,6 +379,9 @@ def read_shape(folder: Path) -> Shape:
         num_weights=sum(math.prod(facts["shape"]) for facts in tensors.values()),
         file_bytes=sum(math.prod(facts["shape"]) * _FLOAT_BYTES.get(facts["dtype"], 1) for facts in tensors.values()),
         is_float32=all(facts["dtype"] == "F32" for facts in tensors.values()),
+        is_fusible=architecture in FUSED_LAYERS
+        and config.get("hidden_act") == "silu"
+        and not config.get("attention_dropout"),
     )
 
 
@@ -407,7 +410,7 @@ def _memory(
     size = 2 if device == devices.CUDA and devices.has_bfloat16() else 4
     weights = _weight_bytes(shape, size, device, use_qlora=spec.use_qlora)
     batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device)
-    step = max(_step_bytes(shape, spec, batch, size) for batch in batches)
+    step = max(_step_bytes(shape, spec, batch, size, device) for batch in batches)
     libraries = _LIBRARIES_BYTES[device]
     served = size * shape.num_weights
     copies = _ADAM_COPIES + spec.load_best_model_at_end
@@ -442,19 +445,21 @@ def _weight_bytes(shape: Shape, size: int, device: str, *, use_qlora: bool) -> i
     return max(shape.file_bytes, left_behind) + kept + quantised
 
 
-def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Row], size: int) -> int:
+def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Row], size: int, device: str) -> int:
     """Live at the largest moment of a batch, besides weights and optimizer: all that the layers keep, and the larger of
     the head's chunk and the backward pass of one layer."""
     longest = max(row.length for row in batch)
     tokens = len(batch) * longest
-    is_padded = any(row.length != longest for row in batch)
     trained = sum(row.num_trained for row in batch)
     adapted = shape.adapted(spec.lora)
     heads_width = shape.num_heads * shape.head_width
-    # With a mask, keys and values are repeated for every head.
-    keys = heads_width if is_padded else shape.key_value_width
-    inner = _KNOWN.get(shape.architecture, 4)
-    numbers = 4 * shape.width + 2 * heads_width + 2 * keys + inner * shape.inner
+    is_all_adapted = len(adapted) == len(shape.linears) and not spec.lora.use_dora
+    is_fused = shape.is_fusible and is_all_adapted and device == devices.CPU
+    numbers = 2 * heads_width + 2 * shape.key_value_width
+    if is_fused:
+        numbers += 2 * shape.width + 2 * shape.inner
+    else:
+        numbers += 4 * shape.width + _KNOWN.get(shape.architecture, 4) * shape.inner
     kept = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
     kept += (4 - size) * tokens * shape.num_layers * 2 * shape.width  # both norms compute in float32
     if spec.lora.dropout:
@@ -462,10 +467,8 @@ def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Row], size: in
     if spec.lora.use_dora:  # PEFT's own: both products and the dropped input, and NF4 weights as they are multiplied
         kept += size * tokens * sum(2 * linear.outputs + linear.inputs for linear in adapted)
         kept += size * shape.num_linear_weights if spec.use_qlora and spec.lora.dropout else 0
-    if is_padded:
-        kept += size * shape.num_layers * len(batch) * longest**2
     kept += 2 * size * (tokens + trained) * shape.width
-    head = _HEAD_COPIES * 4 * min(trained, CHUNK_POSITIONS) * shape.vocabulary
+    head = _head_bytes(shape, trained, size)
     backward = _INNER_BACKWARD_COPIES * size * tokens * shape.inner
     if spec.use_qlora:
         backward += 2 * size * shape.width * shape.inner
@@ -477,10 +480,12 @@ def _evaluation_bytes(shape: Shape, held_out: Sequence[Row], size: int, adapter:
     lengths = sorted(row.length for row in held_out)
     tokens = EVALUATION_BATCH_SIZE * lengths[-1]
     layer = size * tokens * (6 * shape.width + 3 * shape.inner)
-    if len(set(lengths[-EVALUATION_BATCH_SIZE:])) > 1:  # a mask for the padding
-        layer += 4 * EVALUATION_BATCH_SIZE * lengths[-1] ** 2
-    head = 2 * 4 * min(tokens, CHUNK_POSITIONS) * shape.vocabulary
-    return 2 * adapter + layer + head
+    return 2 * adapter + layer + _head_bytes(shape, tokens, size)
+
+
+def _head_bytes(shape: Shape, num_positions: int, size: int) -> int:
+    """A chunk's logits: as the head gives them, and in float32 where that is not the same."""
+    return (4 if size == 4 else 4 + size) * min(num_positions, CHUNK_POSITIONS) * shape.vocabulary
 
 
 def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str) -> Iterator[list[Row]]:

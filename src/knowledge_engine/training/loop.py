@@ -25,6 +25,7 @@ from knowledge_engine.core import JobContext, JobStopped, LrSchedulerType, Progr
 from knowledge_engine.errors import KnowledgeEngineError, Reason
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.modeling import PeftModel
+from knowledge_engine.training.blocks import use_fused_layers
 from knowledge_engine.training.checkpoints import (
     Best,
     Boundary,
@@ -105,6 +106,8 @@ def train(
     )
     learned = Learned(weights, optimizer)
     masks = use_fused_lora(model, spec.seed)
+    if num_layers := use_fused_layers(model, masks):
+        context.log(f"{num_layers} decoder layers are computed in one piece each")
     check_head(model, collate(items[:1], device))
     loss_of_batch = loss_of(spec)
     teller = _Teller(model, held_out, spec, context, log, device, steps_per_epoch)

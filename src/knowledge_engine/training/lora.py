@@ -14,47 +14,62 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears
+from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, linear
+
+
+def forward(layer: AdaptedLinear, x: torch.Tensor, dropped: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, I) -> (M, O), and A dropout(x) (M, r) for `backward`. `dropped` (M, I) is true where dropout zeroes an input
+    of A."""
+    low = linear(_without(x, dropped), layer.a.to(x.dtype))
+    y = linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
+    y.addmm_(low, layer.b.t().to(x.dtype), alpha=_scale(layer))
+    return y, low
+
+
+def backward(
+    layer: AdaptedLinear,
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    low: torch.Tensor,
+    dropped: torch.Tensor | None,
+    grad_x: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of A (r, I) and B (O, r); that of x is added to `grad_x` (M, I) where it is asked for."""
+    a, b = layer.a.to(x.dtype), layer.b.to(x.dtype)
+    grad_low = linear(grad_y, b.t()).mul_(_scale(layer))
+    grad_a = grad_low.t() @ _without(x, dropped)
+    grad_b = linear(low.t(), grad_y.t()).t() * _scale(layer)
+    if grad_x is not None:
+        grad_x.addmm_(grad_y, layer.weight(x.dtype))
+        if dropped is None:
+            grad_x.addmm_(grad_low, a)
+        else:
+            grad_x += (grad_low @ a).masked_fill_(dropped, 0)
+    return grad_a.to(layer.a.dtype), grad_b.to(layer.b.dtype)
+
+
+def _scale(layer: AdaptedLinear) -> float:
+    """alpha / r, and what makes up for the inputs that dropout zeroes."""
+    return layer.scaling / (1 - layer.dropout)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """(M, I) -> (M, O) for A (r, I), B (O, r). `dropped` (M, I) is true where dropout zeroes an input of A; `scale`
-    makes up for those, and holds alpha / r."""
-
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        layer: AdaptedLinear,
-        dropped: torch.Tensor | None,
-        scale: float,
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: AdaptedLinear, dropped: torch.Tensor | None
     ) -> torch.Tensor:
-        low = _without(x, dropped) @ a.t().to(x.dtype)
-        y = functional.linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
-        y.addmm_(low, b.t().to(x.dtype), alpha=scale)
-        ctx.save_for_backward(x, a, b, low, dropped)
-        ctx.layer, ctx.scale = layer, scale
+        y, low = forward(layer, x, dropped)
+        ctx.save_for_backward(x, low, dropped)
+        ctx.layer = layer
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, a, b, low, dropped = ctx.saved_tensors
-        grad_y = gradients[0]
-        grad_low = (grad_y @ b.to(x.dtype)).mul_(ctx.scale)
-        grad_a = grad_low.t() @ _without(x, dropped)
-        grad_b = (grad_y.t() @ low).mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ ctx.layer.weight(x.dtype)
-            if dropped is None:
-                grad_x.addmm_(grad_low, a.to(x.dtype))
-            else:
-                grad_x += (grad_low @ a.to(x.dtype)).masked_fill_(dropped, 0)
-        return grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None, None
+        x, low, dropped = ctx.saved_tensors
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = backward(ctx.layer, gradients[0], x, low, dropped, grad_x)
+        return grad_x, grad_a, grad_b, None, None
 
 
 def use_fused_lora(model: PeftModel, seed: int) -> Masks:
@@ -76,8 +91,7 @@ def _forward(layer: AdaptedLinear, plain: Callable[..., torch.Tensor], masks: Ma
             return plain(x, *args, **options)
         flat = x.reshape(-1, x.shape[-1])
         dropped = masks.draw(flat, layer.dropout) if layer.dropout else None
-        scale = layer.scaling / (1 - layer.dropout)
-        y = _LoraLinear.apply(flat, layer.a, layer.b, layer, dropped, scale)  # type: ignore[no-untyped-call]
+        y = _LoraLinear.apply(flat, layer.a, layer.b, layer, dropped)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     return forward

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from knowledge_engine.core import TrainingMethod, TrainingSpec
 from knowledge_engine.errors import InvalidSpecError, Reason
-from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head, without_adapter
+from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head, linear, without_adapter
 from knowledge_engine.training.data import Batch
 from knowledge_engine.training.plan import CHUNK_POSITIONS
 
@@ -26,18 +27,19 @@ Model = PreTrainedModel | PeftModel
 
 class _HeadLoss(torch.autograd.Function):
     """Losses (N,) of hidden states (N, H) through a frozen head. Their gradients are computed chunk by chunk on the way
-    forward, so that no more than one chunk of logits is ever kept: each state has a loss of its own."""
+    forward, so that no more than one chunk of logits is ever kept: each state has a loss of its own, lse(z) - z_t, and
+    softmax(z) - e_t is its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Callable[..., Any]) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: nn.Linear) -> torch.Tensor:
         losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         for states, tokens in _chunks(hidden, targets):
-            with torch.enable_grad():
-                leaf = states.detach().requires_grad_()
-                loss = functional.cross_entropy(head(leaf).float(), tokens, reduction="none")
-                gradients += torch.autograd.grad(loss.sum(), leaf)
-            losses.append(loss.detach())
+            mine, raised = _through_head(states, tokens, head)
+            losses.append(mine)
+            raised /= raised.sum(1, keepdim=True)
+            raised.scatter_add_(1, tokens.unsqueeze(1), raised.new_full((len(tokens), 1), -1))
+            gradients.append(raised.to(hidden.dtype) @ head.weight)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
@@ -45,6 +47,15 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0].to(gradient.dtype).unsqueeze(1), None, None
+
+
+def _through_head(states: torch.Tensor, targets: torch.Tensor, head: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (n,) of hidden states (n, H), and what the logits are raised to, exp(z - max z) (n, V)."""
+    values = linear(states, head.weight, head.bias).float()
+    values -= values.amax(1, keepdim=True)
+    mine = values.gather(1, targets.unsqueeze(1)).squeeze(1)
+    raised = values.exp_()
+    return raised.sum(1).log_() - mine, raised
 
 
 Loss = Callable[[Model, Batch], torch.Tensor]
@@ -92,14 +103,11 @@ def _favours(model: PeftModel, batch: Batch) -> torch.Tensor:
 def token_losses(model: Model, batch: Batch) -> torch.Tensor:
     """Negative log-likelihood of every trained token (N,), in nats."""
     body, head = body_and_head(model)
-    states = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    states = body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     hidden = states.flatten(0, 1)[batch.positions]
     if hidden.requires_grad:
         return _HeadLoss.apply(hidden, batch.targets, head)  # type: ignore[no-any-return, no-untyped-call]
-    losses = [
-        functional.cross_entropy(head(states).float(), tokens, reduction="none")
-        for states, tokens in _chunks(hidden, batch.targets)
-    ]
+    losses = [_through_head(states, tokens, head)[0] for states, tokens in _chunks(hidden, batch.targets)]
     return torch.cat(losses)
 
 
@@ -127,7 +135,8 @@ def mean_loss(
 
 @torch.no_grad()
 def check_head(model: Model, batch: Batch) -> None:
-    """Makes sure that the model does nothing to its logits after the head, which `batch_loss` would miss.
+    """Makes sure that the model's head is one frozen linear module, and that nothing is done to logits after it, which
+    `batch_loss` would miss.
 
     Raises:
         InvalidSpecError: BASE_MODEL_UNSUPPORTED.
@@ -137,6 +146,12 @@ def check_head(model: Model, batch: Batch) -> None:
     few = batch.input_ids[:1, :_CHECKED_POSITIONS]  # all logits of a long row would take more than a step
     logits = model(input_ids=few, use_cache=False).logits[0].float()
     body, head = body_and_head(model)
+    if type(head) is not nn.Linear or head.weight.requires_grad:
+        raise InvalidSpecError(
+            f"a {model.config.model_type} model has no plain linear head, which training does not support",
+            reason=Reason.BASE_MODEL_UNSUPPORTED,
+            architecture=model.config.model_type,
+        )
     ours = head(body(input_ids=few, use_cache=False).last_hidden_state[0]).float()
     model.train(was_training)
     largest = float(logits.abs().max())

@@ -21,7 +21,10 @@ CHUNK_POSITIONS = 512
 """Logits of so many positions exist at a time: 100 MB with a vocabulary of 49,152."""
 
 _MICRO_BATCH = "micro_batch.json"
-_TOKENS_AT_ONCE = {devices.CPU: 512, devices.CUDA: 16_384}
+FUSED_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
+"""The architectures whose layers are computed in one piece, and what transformers calls such a layer."""
+
+_TOKENS_AT_ONCE = {devices.CPU: 1024, devices.CUDA: 16_384}
 """Tokens of one forward pass, padding included. More would take memory and make a CPU no faster (`bench_training.py`
 shows it); a GPU wants to be filled."""
 _POOL_BATCHES = 64

@@ -182,11 +182,17 @@ def _performance(version: models_pb2.ModelVersion) -> schemas.Performance | None
     return schemas.Performance(
         base_loss=comparison.base_loss,
         tuned_loss=comparison.tuned_loss,
-        # A loss beyond a double's range has no perplexity that JSON could say.
-        perplexity=math.exp(comparison.tuned_loss) if comparison.tuned_loss < 700 else None,
+        perplexity=_perplexity(version),
         num_conversations=comparison.num_conversations,
         precision=comparison.precision,
     )
+
+
+def _perplexity(version: models_pb2.ModelVersion) -> float | None:
+    """None for a loss of preferences, and for one beyond a double's range, which JSON could not say."""
+    loss = version.comparison.tuned_loss
+    is_of_tokens = version.spec.method != training_pb2.TRAINING_METHOD_DPO
+    return math.exp(loss) if is_of_tokens and loss < 700 else None
 
 
 def _elapsed_seconds(job: jobs_pb2.Job, now: datetime) -> float:

@@ -76,7 +76,7 @@ class GenerationSpec(BaseModel):
 
 
 class HeldOutComparison(BaseModel):
-    """Base and tuned model on the same held-out conversations; losses in nats per assistant token."""
+    """Base and tuned model on the same held-out rows; losses in nats per assistant token, or with DPO per preference."""
 
     base_loss: float | None
     tuned_loss: float | None
@@ -408,11 +408,14 @@ MIRRORS: Mapping[type[BaseModel], Descriptor] = {
     PreviewedAnswer: datasets_pb2.PreviewedRow.Answer.DESCRIPTOR,
     PreviewedRow: datasets_pb2.PreviewedRow.DESCRIPTOR,
     TokenLengths: datasets_pb2.DatasetPreview.TokenLengths.DESCRIPTOR,
+    LengthBin: datasets_pb2.DatasetPreview.LengthBin.DESCRIPTOR,
+    NearDuplicate: datasets_pb2.DatasetPreview.NearDuplicate.DESCRIPTOR,
     PreviewIssue: datasets_pb2.DatasetPreview.Issue.DESCRIPTOR,
     DatasetPreview: datasets_pb2.DatasetPreview.DESCRIPTOR,
     PreviewPage: datasets_pb2.PreviewDatasetResponse.DESCRIPTOR,
     ModelVersion: models_pb2.ModelVersion.DESCRIPTOR,
     Model: models_pb2.Model.DESCRIPTOR,
+    Export: models_pb2.Export.DESCRIPTOR,
     JobPage: jobs_pb2.ListJobsResponse.DESCRIPTOR,
     DatasetPage: datasets_pb2.ListDatasetsResponse.DESCRIPTOR,
     ModelVersionPage: models_pb2.ListModelVersionsResponse.DESCRIPTOR,

@@ -174,7 +174,8 @@ class TrainingMetrics(BaseModel):
     """The newest figures; null where they do not apply or are not known yet."""
 
     current_loss: float | None = Field(
-        description="Mean loss per trained token, in nats: of the last step, or of the last epoch at the end."
+        description="Mean loss per trained token, with DPO per preference, in nats: of the last step, or of the last "
+        "epoch at the end."
     )
     learning_rate: float | None
     throughput: float | None = Field(description="Samples per second.")
@@ -269,11 +270,12 @@ class GenerateDataResponse(BaseModel):
 
 
 class Performance(BaseModel):
-    """Base and tuned model on the same held-out conversations, in one precision; losses in nats per token."""
+    """Base and tuned model on the same held-out rows, in one precision; losses in nats per assistant token, or with DPO
+    per preference."""
 
     base_loss: float
     tuned_loss: float
-    perplexity: float | None = Field(description="exp(tuned_loss).")
+    perplexity: float | None = Field(description="exp(tuned_loss); null with DPO.")
     num_conversations: int
     precision: str
 

@@ -223,21 +223,28 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ours(model: Any, train: Sequence[Any], held_out: Sequence[Any], task: dict[str, Any]) -> float:
-    from knowledge_engine.core import Job, JobKind, JobState, TrainingSpec, utc_now
-    from knowledge_engine.settings import Settings
-    from knowledge_engine.training.checkpoints import Checkpoints
-    from knowledge_engine.training.loop import train as run
+    from knowledge_engine.core import TrainingSpec
 
     spec = TrainingSpec(
         dataset="d", model="m", num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE,
         warmup_ratio=0, seed=SEED,
     )  # fmt: skip
+    return train_alone(model, train, held_out, spec, "cpu").seconds
+
+
+def train_alone(model: Any, train: Sequence[Any], held_out: Sequence[Any], spec: Any, device: str) -> Any:
+    """Our loop, without a server; its summary."""
+    from knowledge_engine.core import Job, JobKind, JobState, utc_now
+    from knowledge_engine.settings import Settings
+    from knowledge_engine.training.checkpoints import Checkpoints
+    from knowledge_engine.training.loop import train as run
+
     with tempfile.TemporaryDirectory() as work:
         job = Job(id="job-1", kind=JobKind.TRAINING, state=JobState.RUNNING, spec=spec, create_time=utc_now())
         context = _Alone(job, Path(work))
         settings = Settings(data_dir=work, checkpoint_seconds=3600)
         checkpoints = Checkpoints(context, settings, {"spec": spec.model_dump(mode="json")}, 0)  # type: ignore[arg-type]
-        return run(model, train, held_out, spec, context, lambda metrics, step: None, "cpu", checkpoints).seconds  # type: ignore[arg-type]
+        return run(model, train, held_out, spec, context, lambda metrics, step: None, device, checkpoints)  # type: ignore[arg-type]
 
 
 def _llama_factory(base: Path, folder: Path, out: Path, settings: dict[str, Any]) -> tuple[float, int]:

@@ -27,7 +27,7 @@ from knowledge_engine.cli.curves import Plot, Point, plot, short, thin, ticks
 from knowledge_engine.cli.live import WIDE, frame
 from knowledge_engine.cli.report import collect, render
 from knowledge_engine.client import Client
-from knowledge_engine.core import JobState, LogLine, Progress, TrainingSpec
+from knowledge_engine.core import JobState, LogLine, Progress, TrainingMethod, TrainingSpec
 from knowledge_engine.server import convert
 from knowledge_engine.v1 import jobs_pb2
 from tests.fakes_server import ScriptedServer, scripted_server
@@ -167,6 +167,8 @@ def test_eighty_columns_show_everything() -> None:
     ):
         assert words in text, words
     assert len(BRAILLE.findall(text)) > 100
+    preferring = JOB.model_copy(update={"spec": JOB.spec.model_copy(update={"method": TrainingMethod.DPO})})
+    assert "loss, nats per preference  train 0." in "\n".join(_frame(Course.of(preferring, record_training()), 80, 23))
 
 
 def test_the_curve_begins_at_the_first_step_and_shows_the_spike() -> None:

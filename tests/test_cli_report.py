@@ -34,6 +34,7 @@ from knowledge_engine.core import (
     ModelVersion,
     StateChange,
     TrackerRun,
+    TrainingMethod,
     TrainingSpec,
 )
 from knowledge_engine.errors import KnowledgeEngineError, NotFoundError, Reason, Violation
@@ -209,6 +210,23 @@ def test_a_trained_job_tells_its_figures() -> None:
         assert words in page.text, words
     titles = re.findall(r"<figcaption><b>(.*?)</b>", text)
     assert titles == ["Loss", "Learning rate", "Gradient norm", "Speed", "Memory"]
+
+
+def test_a_job_on_preferences_tells_no_perplexity() -> None:
+    recorder = Recorder(record_training(until=STEPS))
+    recorder.finish()
+    spec = recorder.job.spec.model_copy(update={"method": TrainingMethod.DPO, "beta": 0.1})
+    job = recorder.job.model_copy(update={"spec": spec})
+    text = render(JobReport(job, Course.of(job, recorder.events), VERSION, TALKS), NOON)
+    assert "erplexity" not in text
+    for words in (
+        "On 12 held-out preferences with 900 assistant tokens, both models in float32, the precision that serves. Loss "
+        "in nats per preference.",
+        "difference −2.0000",
+        f"preferences talks {TALKS.digest}",
+    ):
+        assert words in Page(text).text, words
+    assert "nats per token" not in text
 
 
 def test_the_curves_hold_the_points_and_show_the_interruption() -> None:

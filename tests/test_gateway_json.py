@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 from pydantic import BaseModel
 
-from gateway import original, specs
+from gateway import original, resources, specs
 from gateway.resources import MIRRORS, Job, JobEvent
 from gateway.rest_json import rest_name, to_json
 from gateway.schemas import FittingConfig, LoraSettings, TrainEstimateResponse, TrainingConfig, TrainRequest
@@ -20,6 +20,12 @@ from knowledge_engine.v1 import datasets_pb2, inference_pb2, jobs_pb2, models_pb
 @pytest.mark.parametrize(("model", "message"), MIRRORS.items(), ids=lambda part: getattr(part, "__name__", ""))
 def test_a_mirror_has_the_fields_of_its_message(model: type[BaseModel], message: Descriptor) -> None:
     assert list(model.model_fields) == [rest_name(field) for field in message.fields]
+
+
+def test_every_model_is_a_mirror() -> None:
+    models = {value for value in vars(resources).values() if isinstance(value, type) and issubclass(value, BaseModel)}
+    ours = {value for value in models if value.__module__ == resources.__name__}
+    assert ours - MIRRORS.keys() == set()
 
 
 def test_training_config_takes_every_field_of_the_spec() -> None:
@@ -233,6 +239,11 @@ def test_performance_is_measured_or_null() -> None:
     huge = original.model_summary(model(base_loss=3.0, tuned_loss=900.0)).performance
     assert huge is not None
     assert huge.perplexity is None
+    of_preferences = model(base_loss=0.69, tuned_loss=0.5)
+    of_preferences.latest_version.spec.method = training_pb2.TRAINING_METHOD_DPO
+    preferred = original.model_summary(of_preferences).performance
+    assert preferred is not None
+    assert (preferred.tuned_loss, preferred.perplexity) == (0.5, None)
     empty = original.model_summary(models_pb2.Model(name="models/m"))
     assert (empty.status, empty.base_model, empty.size_mb) == ("deleted", None, None)
 

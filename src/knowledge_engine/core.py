@@ -119,6 +119,11 @@ class TrainingMethod(StrEnum):
     SFT = "sft"
     DPO = "dpo"
 
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is told in."""
+        return "nats per preference" if self is TrainingMethod.DPO else "nats per token"
+
 
 class GenerationProvider(StrEnum):
     """Who puts planned conversations into words."""
@@ -249,7 +254,8 @@ class GenerationSpec(_Frozen):
 
 
 class HeldOutComparison(_Frozen):
-    """Base and tuned model on the same held-out conversations, in one precision; losses in nats per token."""
+    """Base and tuned model on the same held-out rows, in one precision; losses in nats per assistant token, or with DPO
+    per preference."""
 
     base_loss: float
     tuned_loss: float

@@ -44,7 +44,7 @@ class _Chart(NamedTuple):
     """Of each curve its metric, its name in the legend, and its colour."""
 
 
-_LOSS = _Chart("loss, nats per token", (("loss", "train", "cyan"), ("eval_loss", "held out", "yellow")))
+_LOSS = (("loss", "train", "cyan"), ("eval_loss", "held out", "yellow"))
 _RATE = _Chart("learning rate", (("learning_rate", "", "green"),))
 _SPEED = _Chart("tokens per second", (("tokens_per_second", "", "magenta"),))
 _MADE = _Chart("conversations per second", (("examples_per_second", "", "cyan"),))
@@ -185,17 +185,20 @@ def _charts(course: Course, width: int, height: int) -> list[Text]:
     """At most `height` lines; none where they would show nothing."""
     if course.job.kind is JobKind.GENERATION:
         return _chart(course, _MADE, width, min(height, 12))
+    spec = course.job.spec
+    assert isinstance(spec, TrainingSpec)
+    loss = _Chart(f"loss, {spec.method.loss_unit}", _LOSS)
     half = (height - 1) // 2
     if width >= WIDE:
         right = width * 2 // 5
         small = [_chart(course, chart, right, half) for chart in (_RATE, _SPEED)]
         column = [line for lines in small for line in lines]
-        return _beside(_chart(course, _LOSS, width - right - 2, 2 * half), column, width - right)
+        return _beside(_chart(course, loss, width - right - 2, 2 * half), column, width - right)
     lower = height * 2 // 5
     if lower < _MIN_PLOT_ROWS + 2:
-        return _chart(course, _LOSS, width, height)
+        return _chart(course, loss, width, height)
     rate, speed = (_chart(course, chart, (width - 2) // 2, lower) for chart in (_RATE, _SPEED))
-    return _chart(course, _LOSS, width, height - lower) + _beside(rate, speed, (width + 2) // 2)
+    return _chart(course, loss, width, height - lower) + _beside(rate, speed, (width + 2) // 2)
 
 
 def _beside(left: Sequence[Text], right: Sequence[Text], at: int) -> list[Text]:

@@ -32,6 +32,7 @@ from knowledge_engine.core import (
     JobKind,
     JobState,
     ModelVersion,
+    TrainingMethod,
     TrainingResult,
     TrainingSpec,
 )
@@ -112,6 +113,7 @@ def render(report: JobReport, now: datetime) -> str:
         key_figures=list(_key_figures(report)),
         comparison=list(_comparison(job)),
         measured=_measured(job),
+        has_preferences=_has_preferences(job),
         rejections=_rejections(job),
         figures=list(_figures(course)),
         field=figures,
@@ -174,7 +176,8 @@ def _key_figures(report: JobReport) -> Iterator[tuple[str, str]]:
         case TrainingResult() as result:
             if (compared := result.comparison) is not None:
                 yield "Held-out loss", f"{compared.base_loss:.3f} → {compared.tuned_loss:.3f}"
-                yield "Perplexity", f"{_perplexity(compared.base_loss)} → {_perplexity(compared.tuned_loss)}"
+                if not _has_preferences(job):
+                    yield "Perplexity", f"{_perplexity(compared.base_loss)} → {_perplexity(compared.tuned_loss)}"
             yield "Training loss", f"{result.train_loss:.3f}"
             yield "Steps", f"{result.num_steps:,}"
             yield "Tokens", f"{result.num_tokens:,}"
@@ -212,6 +215,8 @@ def _so_far(course: Course) -> Iterator[tuple[str, str]]:
 
 
 class Compared(NamedTuple):
+    """`perplexity` is empty where the loss is not one of tokens."""
+
     name: str
     loss: str
     perplexity: str
@@ -221,9 +226,16 @@ def _comparison(job: Job) -> Iterator[Compared]:
     if (measured := _measured(job)) is None:
         return
     base, tuned = measured.base_loss, measured.tuned_loss
-    yield Compared("base", f"{base:.4f}", _perplexity(base))
-    yield Compared("tuned", f"{tuned:.4f}", _perplexity(tuned))
-    yield Compared("difference", f"{tuned - base:+.4f}".replace("-", "−"), _change(tuned - base))
+    rows = (
+        Compared("base", f"{base:.4f}", _perplexity(base)),
+        Compared("tuned", f"{tuned:.4f}", _perplexity(tuned)),
+        Compared("difference", f"{tuned - base:+.4f}".replace("-", "−"), _change(tuned - base)),
+    )
+    yield from (row._replace(perplexity="") for row in rows) if _has_preferences(job) else rows
+
+
+def _has_preferences(job: Job) -> bool:
+    return isinstance(job.spec, TrainingSpec) and job.spec.method is TrainingMethod.DPO
 
 
 def _measured(job: Job) -> HeldOutComparison | None:
@@ -259,6 +271,10 @@ def _worked_seconds(course: Course) -> float:
     return sum((end - attempt.start_time).total_seconds() for attempt, end in ends)
 
 
+def _loss_unit(job: Job) -> str:
+    return job.spec.method.loss_unit if isinstance(job.spec, TrainingSpec) else ""
+
+
 def _figures(course: Course) -> Iterator[Figure]:
     before = {attempt.number: f": {attempt.message}" if attempt.message else "" for attempt in course.attempts}
     marks = [
@@ -282,7 +298,7 @@ def _figures(course: Course) -> Iterator[Figure]:
     speed = "tokens_per_second" if is_training else "examples_per_second"
     of_what = "tokens" if is_training else "conversations"
     drawn = [
-        draw("Loss", "nats per token", losses, notches=notches),
+        draw("Loss", _loss_unit(course.job), losses, notches=notches),
         draw("Learning rate", "", [Series("learning rate", curves["learning_rate"])], from_zero=True),
         draw("Gradient norm", "before clipping", [Series("gradient norm", curves["grad_norm"])]),
         draw("Speed", f"{of_what} per second", [Series(of_what, curves[speed])], from_zero=True),
@@ -325,11 +341,12 @@ def _origins(report: JobReport) -> Iterator[Origin]:
         yield Origin("catalogue" if isinstance(spec, TrainingSpec) else "parent", name or "deleted since", digest, "")
     is_training = isinstance(spec, TrainingSpec)
     asked = spec.dataset if isinstance(spec, TrainingSpec) else spec.catalogue
+    what = "catalogue" if not is_training else "preferences" if _has_preferences(job) else "conversations"
     if source is not None:
-        yield _dataset_origin("conversations" if is_training else "catalogue", source)
+        yield _dataset_origin(what, source)
     elif asked:
         digest = version.dataset_digest if version is not None else ""
-        yield Origin("conversations" if is_training else "catalogue", asked, digest, "deleted since")
+        yield Origin(what, asked, digest, "deleted since")
     if isinstance(spec, TrainingSpec):
         if version is not None:
             revision = f"revision {version.base_revision}" if version.base_revision else ""

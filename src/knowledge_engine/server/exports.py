@@ -39,7 +39,7 @@ class Exports:
         Raises:
             KnowledgeEngineError: whatever `export.export_version` raises.
         """
-        name = f"{FOLDER}/{version.model}-{version.version}"
+        name = _name(version)
         folder = self._settings.data_dir / name
         async with self._turn:
             facts = await asyncio.to_thread(read_json, folder / EXPORT_FACTS)
@@ -52,7 +52,7 @@ class Exports:
 
     async def forget(self, version: ModelVersion) -> None:
         """Removes the export of a version that is no more."""
-        folder = self._settings.data_dir / FOLDER / f"{version.model}-{version.version}"
+        folder = self._settings.data_dir / _name(version)
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _run(self, version: ModelVersion, folder: Path) -> None:
@@ -89,3 +89,8 @@ class Exports:
             "an export ended with %s: %s", process.returncode, complained.decode(errors="replace")[-_LAST_WORDS:]
         )
         raise KnowledgeEngineError(f"the export of {version.model}:{version.version} ended before it was done")
+
+
+def _name(version: ModelVersion) -> str:
+    """An export's folder, as seen from the data directory."""
+    return f"{FOLDER}/{version.model}-{version.version}"

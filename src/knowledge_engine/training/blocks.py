@@ -208,7 +208,8 @@ class _Norm:
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:
         """1 / sqrt(mean(x^2) + eps) (M, 1) of (M, H)."""
-        return (torch.linalg.vector_norm(x, dim=1, keepdim=True).square_() / x.shape[1]).add_(self._eps).rsqrt_()
+        length: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return length.square_().div_(x.shape[1]).add_(self._eps).rsqrt_()
 
     def apply(self, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         return (x * inverse).mul_(self._weight)

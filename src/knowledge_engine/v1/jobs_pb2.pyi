@@ -273,9 +273,9 @@ class Progress(_message.Message):
     examples_per_second: _builtins.float
     """Examples per second, over the last logging window."""
     loss: _builtins.float
-    """Mean loss per trained token over the last step, in nats."""
+    """Mean loss per trained token, with DPO per preference, over the last step, in nats."""
     eval_loss: _builtins.float
-    """Mean loss per trained token on the evaluation split, in nats, in the training precision."""
+    """Mean loss per trained token, with DPO per preference, on the evaluation split, in nats, in the training precision."""
     learning_rate: _builtins.float
     """Learning rate of the last step."""
     grad_norm: _builtins.float

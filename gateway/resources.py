@@ -76,7 +76,7 @@ class GenerationSpec(BaseModel):
 
 
 class HeldOutComparison(BaseModel):
-    """Base and tuned model on the same held-out rows; losses in nats per assistant token, or with DPO per preference."""
+    """Base and tuned model on the same held-out rows; losses in nats per assistant token, with DPO per preference."""
 
     base_loss: float | None
     tuned_loss: float | None

@@ -548,7 +548,7 @@ def test_a_killed_job_ends_as_one_that_never_was(
         [sys.executable, "-c", _CHILD, str(root), str(base)],
         env=os.environ | {failpoints.VARIABLE: f"{name}=kill@{passing}"},
         cwd=ROOT,
-        timeout=150,
+        timeout=300,
         check=False,
         capture_output=True,
     )

@@ -193,7 +193,7 @@ asyncio.run(Exports(settings).export(Registry.open(settings).get("shop", 1)))
 """
     exports = workshop.settings.data_dir / "exports"
     with subprocess.Popen([sys.executable, "-c", code], env=workshop.settings.child_environment()) as server:
-        wait_until(lambda: list(exports.glob(".*")))
+        wait_until(lambda: list(exports.glob(".*")), 180)
         (child,) = psutil.Process(server.pid).children()
         server.kill()
     child.wait(60)

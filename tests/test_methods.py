@@ -197,9 +197,15 @@ def test_pairs_at_once_are_the_same_step_as_one_by_one(
     one, told, _ = trained(bases["llama"], some, [], tmp_path / "1", per_device_train_batch_size=4, **plain)
     other, said, _ = trained(bases["llama"], some, [], tmp_path / "2", gradient_accumulation_steps=4, **plain)
     assert [step.loss for step in told.steps] == pytest.approx([step.loss for step in said.steps], abs=1e-4)
-    assert all(torch.allclose(one[name], other[name], atol=2e-3) for name in one)
+    # As a whole: AdamW makes a whole step of a single gradient that is nothing but rounding.
+    assert max(_apart(one[name], other[name]) for name in one) < 0.01
     stiff, _, _ = trained(bases["llama"], some, [], tmp_path / "3", per_device_train_batch_size=4, beta=2, **plain)
-    assert any(not torch.allclose(one[name], stiff[name], atol=2e-3) for name in one)
+    assert max(_apart(one[name], stiff[name]) for name in one) > 0.03
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The length of the difference over that of the first."""
+    return ((one - other).norm() / one.norm()).item()
 
 
 def test_a_job_learns_preferences_and_says_who_won(workshop: Workshop) -> None:  # noqa: F811

@@ -537,6 +537,7 @@ def twin(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Base]) -> tu
         ),
     ],
 )
+@pytest.mark.timeout(600)
 def test_a_killed_job_ends_as_one_that_never_was(
     tmp_path: Path, twin: tuple[Path, list[Progress], bytes], place: str
 ) -> None:

@@ -86,16 +86,21 @@ def main() -> int:
 
 def _measure(folder: Path, precision: str, name: str, settings: dict[str, Any] | None) -> dict[str, Any]:
     task = {"folder": str(folder), "precision": precision, "contestant": name, "settings": settings}
+    return in_child(__file__, task)
+
+
+def in_child(script: str, task: dict[str, Any]) -> dict[str, Any]:
+    """What a fresh process of `script` makes of a task."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(task)],
+        [sys.executable, script, "--child", json.dumps(task)],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"{name} in {precision} failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{task['contestant']} failed at {json.dumps(task)}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 

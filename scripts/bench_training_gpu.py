@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +49,7 @@ def main() -> int:
         return 0
     missed = 0
     with tempfile.TemporaryDirectory(prefix="bench-training-gpu-") as folder:
+        from scripts.bench_training import in_child
         from tests.tiny import build_random_llama
 
         build_random_llama(Path(folder) / "base", **SHAPES[arguments.shape])
@@ -59,7 +58,9 @@ def main() -> int:
             for _ in range(arguments.rounds):
                 for name, done in runs.items():
                     task = {"folder": folder, "contestant": name, "use_qlora": use_qlora}
-                    done.append(_measure(task | {"rows": arguments.conversations, "tokens": arguments.tokens}))
+                    done.append(
+                        in_child(__file__, task | {"rows": arguments.conversations, "tokens": arguments.tokens})
+                    )
                     _tell(arguments.json, done[-1])
             rates = {name: median(run["tokens_per_second"] for run in done) for name, done in runs.items()}
             ratio = rates["ours"] / rates["trainer"]
@@ -69,20 +70,6 @@ def main() -> int:
             else:
                 print(f"{'nf4' if use_qlora else 'lora'}  {ratio:.2f}x transformers' Trainer ({TARGET})", flush=True)
     return int(arguments.check and missed > 0)
-
-
-def _measure(task: dict[str, Any]) -> dict[str, Any]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(task)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{task['contestant']} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def _tell(as_json: bool, run: dict[str, Any]) -> None:

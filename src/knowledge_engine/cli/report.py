@@ -215,8 +215,6 @@ def _so_far(course: Course) -> Iterator[tuple[str, str]]:
 
 
 class Compared(NamedTuple):
-    """`perplexity` is empty where the loss is not one of tokens."""
-
     name: str
     loss: str
     perplexity: str
@@ -226,12 +224,9 @@ def _comparison(job: Job) -> Iterator[Compared]:
     if (measured := _measured(job)) is None:
         return
     base, tuned = measured.base_loss, measured.tuned_loss
-    rows = (
-        Compared("base", f"{base:.4f}", _perplexity(base)),
-        Compared("tuned", f"{tuned:.4f}", _perplexity(tuned)),
-        Compared("difference", f"{tuned - base:+.4f}".replace("-", "−"), _change(tuned - base)),
-    )
-    yield from (row._replace(perplexity="") for row in rows) if _has_preferences(job) else rows
+    yield Compared("base", f"{base:.4f}", _perplexity(base))
+    yield Compared("tuned", f"{tuned:.4f}", _perplexity(tuned))
+    yield Compared("difference", f"{tuned - base:+.4f}".replace("-", "−"), _change(tuned - base))
 
 
 def _has_preferences(job: Job) -> bool:

@@ -55,6 +55,8 @@ def _scale(layer: AdaptedLinear) -> float:
 
 
 class _LoraLinear(torch.autograd.Function):
+    """`forward` and `backward` of one layer, which keeps its input."""
+
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: AdaptedLinear, dropped: torch.Tensor | None

@@ -141,10 +141,6 @@ def check_head(model: Model, batch: Batch) -> None:
     Raises:
         InvalidSpecError: BASE_MODEL_UNSUPPORTED.
     """
-    was_training = model.training
-    model.eval()
-    few = batch.input_ids[:1, :_CHECKED_POSITIONS]  # all logits of a long row would take more than a step
-    logits = model(input_ids=few, use_cache=False).logits[0].float()
     body, head = body_and_head(model)
     if type(head) is not nn.Linear or head.weight.requires_grad:
         raise InvalidSpecError(
@@ -152,6 +148,10 @@ def check_head(model: Model, batch: Batch) -> None:
             reason=Reason.BASE_MODEL_UNSUPPORTED,
             architecture=model.config.model_type,
         )
+    was_training = model.training
+    model.eval()
+    few = batch.input_ids[:1, :_CHECKED_POSITIONS]  # all logits of a long row would take more than a step
+    logits = model(input_ids=few, use_cache=False).logits[0].float()
     ours = head(body(input_ids=few, use_cache=False).last_hidden_state[0]).float()
     model.train(was_training)
     largest = float(logits.abs().max())

@@ -19,14 +19,13 @@ DEFAULT_EPOCHS = 3.0
 EVALUATION_BATCH_SIZE = 4
 CHUNK_POSITIONS = 512
 """Logits of so many positions exist at a time: 100 MB with a vocabulary of 49,152."""
-
-_MICRO_BATCH = "micro_batch.json"
 FUSED_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
 """The architectures whose layers are computed in one piece, and what transformers calls such a layer."""
 
+_MICRO_BATCH = "micro_batch.json"
 _TOKENS_AT_ONCE = {devices.CPU: 1024, devices.CUDA: 16_384}
-"""Tokens of one forward pass, padding included. More would take memory and make a CPU no faster (`bench_training.py`
-shows it); a GPU wants to be filled."""
+"""Tokens of one forward pass, padding included. More would take memory and make a CPU no faster (record 0015);
+a GPU wants to be filled."""
 _POOL_BATCHES = 64
 """Examples are sorted by length within pools of so many batches: little padding, yet other neighbours every epoch."""
 

@@ -213,7 +213,7 @@ def _loss(folder: Path, model: str, rows: Sequence[Conversation]) -> float:
     settings = Settings(data_dir=folder)
     base: Base = prepare_base(settings, BASE, lambda phase, fraction: None)
     text = ChatText.load(base)
-    loaded = modeling.load_base(base, modeling.serving_precision("cpu"), "cpu")
+    loaded = modeling.load_base(base, modeling.serving_precision(base, "cpu"), "cpu")
     if model != BASE:
         registry = Registry.open(settings)
         version = registry.resolve(model, None)

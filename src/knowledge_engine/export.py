@@ -79,7 +79,7 @@ def export_version(
             base_model=base.name,
         )
     device = modeling.default_device()
-    precision = modeling.serving_precision(device)
+    precision = modeling.float_precision(device)
     text = ChatText.load(base)
     tell("merging")
     tuned = modeling.add_adapter(

@@ -11,9 +11,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,19 @@ from knowledge_engine import devices
 from knowledge_engine.bases import Base
 from knowledge_engine.core import LoraConfig
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
+from knowledge_engine.files import read_json
 
-FLOAT32, BFLOAT16, NF4 = "float32", "bfloat16", "nf4"
+FLOAT32, BFLOAT16, NF4, INT8 = "float32", "bfloat16", "nf4", "int8"
+INT8_LEVELS = 127
+
+_INT8_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2"})
+_INT8_CLIPPING = (1.0, 0.94, 0.88)
+"""Shares of a row's largest weight that are tried for the largest that eight bits can say."""
+_STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
+_DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, INT8: torch.float32}
+_PREFIX = "base_model.model."  # before a module's name, in PEFT's files
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
@@ -79,18 +90,24 @@ def peak_device_memory(device: str) -> int:
     return devices.peak_memory()
 
 
-def serving_precision(device: str) -> str:
-    """The precision answers and held-out losses are computed in."""
+def float_precision(device: str) -> str:
+    """The precision of an unquantised base."""
     return BFLOAT16 if _has_bfloat16(device) else FLOAT32
+
+
+def serving_precision(base: Base, device: str) -> str:
+    """The precision answers and held-out losses are computed in: on a CPU `int8` for bases of Llama's shape."""
+    return INT8 if device == devices.CPU and has_int8() and _is_llama_shaped(base) else float_precision(device)
 
 
 def training_precision(device: str, *, use_qlora: bool) -> str:
     """The precision of the frozen base during training."""
-    return NF4 if use_qlora else serving_precision(device)
+    return NF4 if use_qlora else float_precision(device)
 
 
 def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
-    """The frozen base in evaluation mode. `nf4` is double-quantised and computes in bfloat16 where the device has it.
+    """The frozen base in evaluation mode. `nf4` is double-quantised and computes in bfloat16 where the device has it;
+    `int8` has weights rounded as those of the integer kernels are, and computes in float32.
 
     Raises:
         IntegrityError: BASE_MODEL_CORRUPT, the files cannot be read as a model.
@@ -127,9 +144,83 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first evaluation would repack the weights for a bfloat16 kernel, and training go on with those.
             module.support_avx512bf16_for_cpu = False
+    if precision == INT8:
+        for weight in {id(module.weight): module.weight for module in _all_linears(model)}.values():
+            rounded, scales = round_to_int8(weight)
+            torch.mul(rounded, scales[:, None], out=weight.data)
     model.requires_grad_(False)
     model.train(False)
     return model
+
+
+@torch.no_grad()
+def round_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (O, I) as whole numbers of eight bits and a scale (O,) for each output, of a few the one with the least
+    squared error. A weight that was rounded so before comes out as it is."""
+    top = weight.abs().amax(1).clamp_min(1e-30)
+    scales = least = torch.empty_like(top)
+    for share in _INT8_CLIPPING:
+        tried = top * (share / INT8_LEVELS)
+        error = _rounded(weight, tried).mul_(tried[:, None]).sub_(weight).square_().sum(1)
+        is_better = error < least if share < 1 else torch.ones_like(top, dtype=torch.bool)
+        scales, least = torch.where(is_better, tried, scales), torch.where(is_better, error, least)
+    return _rounded(weight, scales).to(torch.int8), scales
+
+
+def _rounded(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (weight / scales[:, None]).round_().clamp_(-INT8_LEVELS, INT8_LEVELS)
+
+
+@cache
+def has_int8() -> bool:
+    """Whether this CPU multiplies whole numbers fast and without a mistake, by one way or the other."""
+    return _has_exact_products() or "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@cache
+def _has_exact_products() -> bool:
+    """Whether `torch._int_mm` adds up without saturating, as it does not on CPUs before VNNI."""
+    if not _HAS_ONEDNN:
+        return False
+    weight = torch.full((64, 256), INT8_LEVELS, dtype=torch.int8)
+    for num_rows in (2, 64):
+        largest = torch.full((num_rows, 256), INT8_LEVELS // 2, dtype=torch.int8)
+        if (torch._int_mm(largest, weight.t()) != 256 * INT8_LEVELS * (INT8_LEVELS // 2)).any():
+            return False
+    return True
+
+
+class Int8Weight:
+    """A weight (O, I) for integer products, as `round_to_int8` has it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        rounded, self.scales = round_to_int8(weight)
+        self._plain: torch.Tensor | None = None
+        self._packed: Any = None
+        if _has_exact_products():
+            self._plain = rounded
+        else:
+            zeros = torch.zeros(len(rounded), dtype=torch.int64)
+            ones = torch.ones(len(rounded), dtype=torch.float64)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # to go in a later torch
+                quantised = torch._make_per_channel_quantized_tensor(rounded, ones, zeros, 0)
+            self._packed = torch.ops.quantized.linear_prepack(quantised, None)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """x (R, I) of int8 within -63 and 63 times the transpose of the rounded weight: (R, O), exact whole numbers in
+        int32 or, while they are below 2^24, in float32."""
+        if self._plain is not None:
+            return torch._int_mm(x, self._plain.t())
+        # FBGEMM wants unsigned numbers: with these, no pair of products leaves the 16 bits that older CPUs have for it.
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x.float(), 1.0, 64, self._packed)  # type: ignore[no-any-return]
+
+    def to_float(self) -> torch.Tensor:
+        """The rounded weight in float32."""
+        rounded = self._plain
+        if rounded is None:
+            rounded = torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
+        return rounded * self.scales[:, None]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -177,6 +268,25 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
     torch.manual_seed(seed)
     with _quiet_peft():
         return PeftModel(model, config)
+
+
+def _all_linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """The linear modules, and the head."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def _is_llama_shaped(base: Base) -> bool:
+    """Whether `inference/int8.py` computes this architecture, as its config.json has it."""
+    config = read_json(base.folder / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    heads = int(config.get("num_attention_heads", 1))
+    head_width = config.get("head_dim") or int(config.get("hidden_size", 0)) // heads
+    return (
+        base.architecture in _INT8_ARCHITECTURES
+        and config.get("hidden_act", "silu") == "silu"
+        and rope.get("rope_type", rope.get("type", "default")) in _STATIC_ROPE
+        and head_width % 8 == 0
+    )
 
 
 def linear_modules(model: nn.Module) -> list[str]:
@@ -323,6 +433,52 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
+@dataclass(frozen=True)
+class AdapterWeights:
+    """What an adapter adds to one linear module: `scaling` B A (O, I), with a `magnitude` (O,) for DoRA."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None
+
+
+def read_adapter(folder: Path, modules: Mapping[str, tuple[int, int]]) -> dict[str, AdapterWeights]:
+    """The adapter in `folder` in float32, by the full name of the module it adapts.
+
+    `modules` are all that can be adapted, with their outputs and inputs.
+
+    Raises:
+        IntegrityError: MODEL_VERSION_CORRUPT naming the file: missing, unreadable, not finite, of other modules or
+            shapes than these.
+    """
+    config = _read_adapter_config(folder)
+    tensors = _read_adapter_weights(folder)
+    targets = sorted(config.target_modules or ())
+    chosen = [name for name in modules if any(name == target or name.endswith(f".{target}") for target in targets)]
+    expected: dict[str, torch.Tensor] = {}
+    for name in chosen:
+        outputs, inputs = modules[name]
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = torch.empty(config.r, inputs, device="meta")
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = torch.empty(outputs, config.r, device="meta")
+        if config.use_dora:
+            expected[f"{_PREFIX}{name}.lora_magnitude_vector"] = torch.empty(outputs, device="meta")
+    if not chosen:
+        raise _corrupt(folder / _CONFIG_FILE, f"does not fit this base: none of {', '.join(targets)} is there")
+    if problem := _difference(expected, tensors):
+        raise _corrupt(folder / _WEIGHTS_FILE, problem)
+    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return {
+        name: AdapterWeights(
+            tensors[f"{_PREFIX}{name}.lora_A.weight"].float(),
+            tensors[f"{_PREFIX}{name}.lora_B.weight"].float(),
+            scaling,
+            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"].float() if config.use_dora else None,
+        )
+        for name in chosen
+    }
+
+
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """The base with the active adapter's update added to its weights; `model` is used up."""
     with _quiet_peft():
@@ -412,6 +568,8 @@ def _quiet_peft() -> Iterator[None]:
 
 __all__ = [
     "AdaptedLinear",
+    "AdapterWeights",
+    "Int8Weight",
     "PeftModel",
     "PreTrainedModel",
     "adapted_linears",
@@ -420,6 +578,8 @@ __all__ = [
     "body_and_head",
     "default_device",
     "device_memory",
+    "float_precision",
+    "has_int8",
     "is_out_of_memory",
     "linear",
     "linear_modules",
@@ -427,7 +587,9 @@ __all__ = [
     "load_base",
     "merge_adapter",
     "peak_device_memory",
+    "read_adapter",
     "remove_adapter",
+    "round_to_int8",
     "save_adapter",
     "select_adapter",
     "serving_precision",

@@ -1,42 +1,65 @@
-"""Whose turn it is: sequences with their own KV cache, taken one token further in each step, round robin.
+"""Whose turn it is: every step takes all active sequences further, and reads what it can of new prompts beside them.
 
 Owns the model; everything here runs in the one thread that does, except `Scheduler.check`, `steps_of` and the counters,
-which only read. Every forward pass is of one sequence, so an answer does not depend on who else is being answered.
-Knows nothing of sockets.
+which only read. Knows nothing of sockets, and of a model only what `Model` says.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
-from transformers import DynamicCache, PreTrainedModel
 
-from knowledge_engine import modeling
 from knowledge_engine.core import FinishReason, SamplingParams
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
+from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.detokenize import Detokenizer
-from knowledge_engine.inference.wire import Adapter, EngineRequest, Finished
-
-PREFILL_TOKENS = 512
-"""Prompt tokens read in one step: a long prompt neither stalls the others nor outlives its abort. Fixed, because other
-pieces sum in another order and may give another answer."""
-
-MAX_IDLE_ADAPTERS = 8
-"""Adapters kept for the next request beside those in use; one of rank 16 on a 7B base is 160 MB in fp32."""
+from knowledge_engine.inference.drafts import Drafts
+from knowledge_engine.inference.wire import EngineRequest, Finished
 
 Key = tuple[int, int]
 """Connection and request."""
 
 _log = logging.getLogger(__name__)
+
+Piece = tuple[Any, int, list[int], int]
+"""A place, how many of its tokens were read before, the tokens to read, and of how many of them, the last ones, the
+logits are wanted."""
+
+
+class Model(Protocol):
+    """A base with its adapters, and where sequences keep what was read of them: `int8.py` or `plain.py`."""
+
+    piece_tokens: int
+    """The most tokens of one prompt read in one step."""
+    step_tokens: int | None
+    """The most prompt tokens read in one step beside answers under way; None is no limit."""
+    num_drafts: int
+    """The most guessed tokens that a step looks at."""
+    max_tokens: int | None
+    """The most tokens that prompt and answer may have, where that is not the context alone."""
+    vocabulary_size: int
+
+    @property
+    def adapters(self) -> Adapters[Any]: ...
+
+    def open(self, request: EngineRequest) -> Any:
+        """A place for a sequence, its adapter loaded; None while there is no room."""
+
+    def close(self, place: Any) -> None:
+        """Gives the place back."""
+
+    def find_read(self, place: Any, num_tokens: int) -> int:
+        """How many tokens of the prompt are read, where `num_tokens` were: others may have read the same."""
+
+    def forward(self, pieces: list[Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
+        """Reads the pieces; gives for each its index and the logits (wanted, V), or what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +77,14 @@ class Sequence:
 
     def __init__(self, key: Key, request: EngineRequest, receive_time: float, tokenizer: Tokenizer) -> None:
         self.key = key
-        self.adapter = request.adapter
+        self.request = request
         self.sampling = request.sampling
         self.stop_token_ids = frozenset(request.stop_token_ids)
-        self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.unread = request.prompt_token_ids  # tokens the model has not seen yet
-        self.cache: DynamicCache | None = None
+        self.tokens = list(request.prompt_token_ids)
+        self.num_read = 0
+        """Tokens that the model has seen; their keys and values are kept."""
+        self.place: Any = None
+        self.drafts = Drafts()
         self.generator = torch.Generator()
         if request.sampling.seed is None:
             self.generator.seed()
@@ -67,121 +92,60 @@ class Sequence:
             self.generator.manual_seed(request.sampling.seed)
         self.num_steps = 0
         self._detokenizer = Detokenizer(tokenizer, request.sampling.stop)
-        self._num_tokens = 0
+        self._num_prompt_tokens = len(request.prompt_token_ids)
         self._receive_time = receive_time
         self._first_token_seconds = 0.0
 
+    @property
+    def num_unread(self) -> int:
+        return len(self.tokens) - self.num_read
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the answer, so far."""
+        return len(self.tokens) - self._num_prompt_tokens
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether its prompt is read but for what one step reads in any case."""
+        return self.num_unread == 1
+
     def add(self, token: int) -> Output:
         """Takes the next token of the answer."""
-        self.unread = [token]
-        self._num_tokens += 1
-        if self._num_tokens == 1:
+        self.tokens.append(token)
+        if self.num_tokens == 1:
             self._first_token_seconds = time.monotonic() - self._receive_time
         is_last = token in self.stop_token_ids
         text = "" if is_last else self._detokenizer.push(token)
         reason = FinishReason.STOP if is_last or self._detokenizer.stopped else None
-        if reason is None and self._num_tokens == self.sampling.max_tokens:
+        if reason is None and self.num_tokens == self.sampling.max_tokens:
             reason = FinishReason.LENGTH
         if reason is None:
             return Output(self.key, text)
         text += self._detokenizer.flush()
         if self._detokenizer.stopped:  # by what was held back
             reason = FinishReason.STOP
-        finished = Finished(reason, self.num_prompt_tokens, self._num_tokens, self._first_token_seconds)
+        finished = Finished(reason, self._num_prompt_tokens, self.num_tokens, self._first_token_seconds)
         return Output(self.key, text, finished)
-
-
-@dataclass
-class _Loaded:
-    name: str
-    num_users: int = 0
-    unloading: bool = False
-
-
-class Adapters:
-    """LoRA adapters beside one base, by version digest; the least recently used idle ones give way."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._tuned: Any = None  # PEFT's wrapper, once there was an adapter
-        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
-        self._selected: str | None = None
-        self._numbers = itertools.count(1)
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        return tuple(self._loaded)
-
-    @property
-    def selected(self) -> str | None:
-        """Digest of the adapter that forward passes go through now; None is the bare base, empty is not known."""
-        return self._selected
-
-    def acquire(self, adapter: Adapter) -> None:
-        """Loads the adapter unless it is there, and keeps it until `release`.
-
-        Raises:
-            IntegrityError: its files are not what they should be.
-        """
-        loaded = self._loaded.get(adapter.digest)
-        if loaded is None:
-            loaded = _Loaded(f"adapter{next(self._numbers)}")
-            self._selected = ""  # loading may move the selection
-            model = self._model if self._tuned is None else self._tuned
-            self._tuned = modeling.add_adapter(model, adapter.folder, loaded.name)
-            self._loaded[adapter.digest] = loaded
-        self._loaded.move_to_end(adapter.digest)
-        loaded.num_users += 1
-
-    def release(self, digest: str) -> None:
-        """Ends one use."""
-        loaded = self._loaded[digest]
-        loaded.num_users -= 1
-        if loaded.unloading and not loaded.num_users:
-            self._remove(digest)
-        idle = [other for other, entry in self._loaded.items() if not entry.num_users]
-        for other in idle[: max(0, len(idle) - MAX_IDLE_ADAPTERS)]:
-            self._remove(other)
-
-    def unload(self, digest: str) -> None:
-        """Forgets the adapter, at once or after its last use."""
-        loaded = self._loaded.get(digest)
-        if loaded is not None and loaded.num_users:
-            loaded.unloading = True
-        elif loaded is not None:
-            self._remove(digest)
-
-    def select(self, digest: str | None) -> None:
-        """Sends the following forward passes through this adapter, or through the bare base."""
-        if digest == self._selected or self._tuned is None:
-            return  # a base that was never wrapped has nothing to select
-        self._selected = ""  # until it has worked
-        modeling.select_adapter(self._tuned, None if digest is None else self._loaded[digest].name)
-        self._selected = digest
-
-    def _remove(self, digest: str) -> None:
-        if self._selected == digest:
-            self.select(None)
-        self._selected = ""  # as may removing
-        modeling.remove_adapter(self._tuned, self._loaded.pop(digest).name)
 
 
 class Scheduler:
     """Takes up to `max_active` sequences forward together; the rest wait in the order they came."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, context_length: int, max_active: int) -> None:
-        # Adapters replace layers inside this very object, so it is the one to call with or without them.
+    def __init__(self, model: Model, tokenizer: Tokenizer, context_length: int, max_active: int) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._context_length = context_length
-        self._vocabulary_size = int(model.config.get_text_config().vocab_size)
         self._max_active = max_active
         self._active: dict[Key, Sequence] = {}
         self._waiting: dict[Key, Sequence] = {}
-        self.adapters = Adapters(model)
         self.num_steps = 0
         self.num_aborted = 0
         self.max_steps_after_abort = 0
+
+    @property
+    def adapters(self) -> Adapters[Any]:
+        return self._model.adapters
 
     @property
     def num_active(self) -> int:
@@ -200,17 +164,23 @@ class Scheduler:
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidSpecError("The prompt has no tokens.")
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary_size:
-            raise InvalidSpecError(f"The prompt has a token outside 0..{self._vocabulary_size - 1}.")
+        if min(prompt) < 0 or max(prompt) >= self._model.vocabulary_size:
+            raise InvalidSpecError(f"The prompt has a token outside 0..{self._model.vocabulary_size - 1}.")
         num_tokens = len(prompt) + request.sampling.max_tokens
-        if num_tokens > self._context_length:
+        limit = min(self._context_length, self._model.max_tokens or self._context_length)
+        if num_tokens > limit:
+            what = (
+                "the model's context"
+                if limit == self._context_length
+                else "what KNOWLEDGE_KV_CACHE_BYTES has room for,"
+            )
             raise InvalidSpecError(
                 f"The prompt has {len(prompt)} tokens; with max_tokens {request.sampling.max_tokens} that is more than "
-                f"the model's context of {self._context_length}.",
+                f"{what} of {limit}.",
                 reason=Reason.PROMPT_TOO_LONG,
                 prompt_tokens=len(prompt),
                 max_tokens=request.sampling.max_tokens,
-                context_length=self._context_length,
+                context_length=limit,
             )
 
     def submit(self, key: Key, request: EngineRequest, receive_time: float) -> None:
@@ -232,70 +202,94 @@ class Scheduler:
         self.max_steps_after_abort = max(self.max_steps_after_abort, sequence.num_steps - num_steps_at_arrival)
 
     def step(self) -> Iterator[Output]:
-        """Takes every active sequence one token (or one piece of its prompt) further.
+        """Takes every active sequence further: its next token, or a piece of its prompt.
 
         The caller may submit and abort between two outputs.
         """
         yield from self._admit()
-        for sequence in self._in_order():
+        planned = self._plan()
+        pieces: list[Piece] = [
+            (sequence.place, sequence.num_read, token_ids, num_logits) for sequence, token_ids, num_logits in planned
+        ]
+        if not pieces:
+            return
+        for index, result in self._model.forward(pieces):
+            sequence, token_ids, _ = planned[index]
+            sequence.num_steps += 1
+            self.num_steps += 1
             if sequence.key in self._active:  # else aborted since the step began
-                yield self._advance(sequence)
+                yield self._advance(sequence, token_ids, result)
 
     def _admit(self) -> Iterator[Output]:
         while self._waiting and len(self._active) < self._max_active:
-            key = next(iter(self._waiting))
-            sequence = self._waiting.pop(key)
+            key, sequence = next(iter(self._waiting.items()))
             try:
-                if sequence.adapter is not None:
-                    self.adapters.acquire(sequence.adapter)
+                sequence.place = self._model.open(sequence.request)
             except Exception as error:
+                del self._waiting[key]
                 yield Output(key, error=_as_ours(error))
                 continue
-            sequence.cache = DynamicCache(config=self._model.config)
+            if sequence.place is None:
+                return  # whoever is first in line stays it
+            del self._waiting[key]
             self._active[key] = sequence
 
-    def _in_order(self) -> list[Sequence]:
-        """By adapter, the selected one first, so that a step switches as seldom as can be."""
-        selected = self.adapters.selected
+    def _plan(self) -> list[tuple[Sequence, list[int], int]]:
+        """What each sequence reads in this step, and how many logits it wants."""
+        answering = [sequence for sequence in self._active.values() if sequence.is_answering]
+        num_drafts = self._model.num_drafts // len(answering) if answering else 0
+        planned = []
+        for sequence in answering:
+            most = min(num_drafts, sequence.sampling.max_tokens - sequence.num_tokens - 1)
+            token_ids = [sequence.tokens[-1], *sequence.drafts.guess(sequence.tokens, most)]
+            planned.append((sequence, token_ids, len(token_ids)))
+        room = self._model.step_tokens if answering else self._model.piece_tokens
+        for sequence in self._active.values():
+            if sequence.is_answering:
+                continue
+            sequence.num_read = self._model.find_read(sequence.place, sequence.num_read)
+            count = min(sequence.num_unread, self._model.piece_tokens)
+            if self._model.step_tokens is not None:
+                count = min(count, room or 0)
+                room = (room or 0) - count
+            if not count:
+                break
+            token_ids = sequence.tokens[sequence.num_read : sequence.num_read + count]
+            planned.append((sequence, token_ids, int(count == sequence.num_unread)))
+        return planned
 
-        def place(sequence: Sequence) -> tuple[bool, str]:
-            digest = sequence.adapter.digest if sequence.adapter is not None else None
-            return digest != selected, digest or ""
-
-        return sorted(self._active.values(), key=place)
-
-    def _advance(self, sequence: Sequence) -> Output:
+    def _advance(self, sequence: Sequence, token_ids: list[int], result: torch.Tensor | Exception) -> Output:
         try:
-            logits = self._forward(sequence)
-            if sequence.unread:
-                return Output(sequence.key)
-            output = sequence.add(choose_token(logits, sequence.sampling, sequence.generator))
+            if isinstance(result, Exception):
+                raise result
+            output = self._take(sequence, token_ids, result)
         except Exception as error:
             output = Output(sequence.key, error=_as_ours(error))
         if output.finished is not None or output.error is not None:
             self._end(sequence)
         return output
 
-    def _forward(self, sequence: Sequence) -> torch.Tensor:
-        """Reads the next unread tokens; returns the last one's logits, (V,) on the model's device."""
-        self.adapters.select(sequence.adapter.digest if sequence.adapter is not None else None)
-        piece, sequence.unread = sequence.unread[:PREFILL_TOKENS], sequence.unread[PREFILL_TOKENS:]
-        with torch.inference_mode():
-            result = self._model(
-                input_ids=torch.tensor([piece], device=self._model.device),
-                past_key_values=sequence.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        sequence.num_steps += 1
-        self.num_steps += 1
-        logits: torch.Tensor = result.logits[0, -1]
-        return logits
+    def _take(self, sequence: Sequence, token_ids: list[int], logits: torch.Tensor) -> Output:
+        """The tokens that these logits choose: one, and one more for every guess that turns out to be the choice."""
+        if not len(logits):
+            sequence.num_read += len(token_ids)
+            return Output(sequence.key)
+        guessed = token_ids[len(token_ids) - len(logits) + 1 :]
+        sequence.num_read += len(token_ids) - len(guessed)
+        text = ""
+        for row, guess in zip(logits, [*guessed, None], strict=True):
+            token = choose_token(row, sequence.sampling, sequence.generator)
+            output = sequence.add(token)
+            text += output.text
+            if output.finished is not None or token != guess:
+                break
+            sequence.num_read += 1
+        return Output(sequence.key, text, output.finished)
 
     def _end(self, sequence: Sequence) -> None:
-        sequence.cache = None
-        if self._active.pop(sequence.key, None) is not None and sequence.adapter is not None:
-            self.adapters.release(sequence.adapter.digest)
+        if self._active.pop(sequence.key, None) is not None:
+            self._model.close(sequence.place)
+            sequence.place = None
 
 
 def choose_token(logits: torch.Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from knowledge_engine.core import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 8 * 2**20
 """A prompt of a million tokens is 5 MB; nothing honest is longer."""
 
@@ -44,7 +44,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """An answer to produce; `adapter` None is the bare base. The answer ends with the first of `stop_token_ids`."""
+    """An answer to produce; `adapter` None is the bare base. The answer ends with the first of `stop_token_ids`. Only
+    requests of one `caller` share what was read of a prompt."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -52,6 +53,7 @@ class EngineRequest:
     sampling: SamplingParams
     stop_token_ids: list[int]
     adapter: Adapter | None = None
+    caller: str = ""
 
 
 @dataclass(frozen=True)

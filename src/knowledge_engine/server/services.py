@@ -499,7 +499,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         chosen = asked.model_dump(include=core.SamplingParams.model_fields.keys() - {"max_tokens"})
         sampling = core.SamplingParams(max_tokens=wanted, **chosen)
         return version or base, EngineRequest(
-            prompt_token_ids=prompt, sampling=sampling, stop_token_ids=sorted(text.stop_token_ids), adapter=adapter
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            stop_token_ids=sorted(text.stop_token_ids),
+            adapter=adapter,
+            caller=CALLER.get(),
         )
 
     def _check_servable(self, version: core.ModelVersion, base: Base, text: ChatText) -> None:

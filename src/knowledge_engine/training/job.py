@@ -301,7 +301,7 @@ def _compare(
         return None
     context.report(Progress(phase="evaluating"))
     failpoint("training.evaluation")
-    precision = modeling.serving_precision(device)
+    precision = modeling.serving_precision(base, device)
     model = modeling.add_adapter(modeling.load_base(base, precision, device), folder, "tuned")
     losses: list[float] = []
     for done, adapter in enumerate((None, "tuned"), 1):

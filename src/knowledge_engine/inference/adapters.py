@@ -1,0 +1,88 @@
+"""Which adapters are loaded: by version digest, within a budget of memory, the least recently used idle ones give way.
+
+One that answers is never taken away. Knows nothing of what an adapter is made of; no torch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from knowledge_engine.inference.wire import Adapter
+
+T = TypeVar("T")
+
+
+class _Entry(Generic[T]):
+    def __init__(self, content: T, size_bytes: int) -> None:
+        self.content = content
+        self.size_bytes = size_bytes
+        self.num_users = 0
+        self.is_unloading = False
+
+
+class Adapters(Generic[T]):
+    """`load` gives an adapter and its size in bytes; `remove` frees it."""
+
+    def __init__(
+        self, load: Callable[[Adapter], tuple[T, int]], remove: Callable[[T], None], budget_bytes: int
+    ) -> None:
+        self._load = load
+        self._remove = remove
+        self._budget_bytes = budget_bytes
+        self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self.num_loads = 0
+        self.num_evictions = 0
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all that are loaded."""
+        return sum(entry.size_bytes for entry in tuple(self._entries.values()))
+
+    def acquire(self, adapter: Adapter) -> T:
+        """Loads the adapter unless it is there, and keeps it until `release`.
+
+        Raises:
+            IntegrityError: its files are not what they should be.
+        """
+        entry = self._entries.get(adapter.digest)
+        if entry is None:
+            entry = _Entry(*self._load(adapter))
+            self._entries[adapter.digest] = entry
+            self.num_loads += 1
+        entry.num_users += 1
+        self._entries.move_to_end(adapter.digest)
+        self._make_room()
+        return entry.content
+
+    def release(self, digest: str) -> None:
+        """Ends one use."""
+        entry = self._entries[digest]
+        entry.num_users -= 1
+        if entry.is_unloading and not entry.num_users:
+            self._drop(digest)
+        self._make_room()
+
+    def unload(self, digest: str) -> None:
+        """Forgets the adapter, at once or after its last use."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.num_users:
+            entry.is_unloading = True
+        elif entry is not None:
+            self._drop(digest)
+
+    def _make_room(self) -> None:
+        idle = [digest for digest, entry in self._entries.items() if not entry.num_users]
+        for digest in idle:
+            if self.size_bytes <= self._budget_bytes:
+                return
+            self._drop(digest)
+            self.num_evictions += 1
+
+    def _drop(self, digest: str) -> None:
+        self._remove(self._entries.pop(digest).content)

@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from knowledge_engine import modeling
+from knowledge_engine.bases import Base, prepare_base
+from knowledge_engine.core import SamplingParams
+from knowledge_engine.errors import IntegrityError
+from knowledge_engine.inference.blocks import BlockPool, Table
+from knowledge_engine.inference.drafts import Drafts
+from knowledge_engine.inference.int8 import Int8Model, Int8Place
+from knowledge_engine.inference.kernels import BLOCK_TOKENS
+from knowledge_engine.inference.wire import Adapter, EngineRequest
+from knowledge_engine.settings import Settings
+from tests.tiny import CONTEXT, VOCABULARY, build_tiny_adapter, build_tiny_base
+
+CACHE_BYTES = 2**22
+TOKENS = random.Random(0).choices(range(VOCABULARY), k=150)
+
+
+def load(folder: Path, **config: Any) -> tuple[Base, modeling.PreTrainedModel]:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    base = prepare_base(Settings(data_dir=folder / "data", base_model=str(folder)), "base", lambda phase, share: None)
+    assert modeling.serving_precision(base, "cpu") == modeling.INT8
+    return base, modeling.load_base(base, modeling.INT8, "cpu")
+
+
+def serve(model: modeling.PreTrainedModel, cache_bytes: int = CACHE_BYTES) -> Int8Model:
+    return Int8Model(model, CONTEXT, 16, cache_bytes, 2**30)
+
+
+def request(tokens: list[int], adapter: Adapter | None = None, caller: str = "", max_tokens: int = 50) -> EngineRequest:
+    return EngineRequest(tokens, SamplingParams(max_tokens=max_tokens), [], adapter, caller)
+
+
+def opened(model: Int8Model, asked: EngineRequest) -> Int8Place:
+    place = model.open(asked)
+    assert place is not None
+    return place
+
+
+def run(model: Int8Model, *pieces: tuple[Int8Place, int, list[int], int]) -> list[torch.Tensor]:
+    results = dict(model.forward(list(pieces)))
+    logits: list[torch.Tensor] = []
+    for index in range(len(pieces)):
+        result = results[index]
+        assert isinstance(result, torch.Tensor)
+        logits.append(result)
+    return logits
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, modeling.PreTrainedModel]:
+    folder = build_tiny_base(tmp_path_factory.mktemp("int8") / "base")
+    return folder, load(folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        (
+            "llama",
+            {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+        ),
+        ("mistral", {}),
+        ("mistral", {"sliding_window": 40}),
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    ],
+    ids=["llama", "llama linear rope", "mistral", "mistral window", "qwen2", "qwen2 one layer with a window"],
+)
+@pytest.mark.parametrize("kind", ["base", "lora", "rslora", "dora"])
+def test_logits_are_those_of_transformers_and_peft(
+    family: str, config: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    folder = build_tiny_base(tmp_path / "base", family)
+    base, model = load(folder, **config)
+    ours = serve(model)
+    adapter = None
+    theirs: Any = model
+    if kind != "base":
+        adapter = Adapter("sha256:1", build_tiny_adapter(folder, tmp_path / "adapter", 1))
+        change_adapter(adapter.folder, kind)
+        theirs = modeling.add_adapter(modeling.load_base(base, modeling.INT8, "cpu"), adapter.folder, "theirs")
+        modeling.select_adapter(theirs, "theirs")
+    (got,) = run(ours, (opened(ours, request(TOKENS, adapter)), 0, TOKENS, len(TOKENS)))
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([TOKENS])).logits[0]
+        plain = modeling.load_base(base, modeling.INT8, "cpu")(torch.tensor([TOKENS])).logits[0]
+    spread = expected.std()
+    assert (got - expected).abs().max() < 0.005 * spread
+    if kind != "base":
+        assert (plain - expected).abs().max() > 0.5 * spread
+
+
+def change_adapter(folder: Path, kind: str) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["use_rslora"], config["use_dora"] = kind == "rslora", kind == "dora"
+    config["lora_alpha"] = 3 if kind == "rslora" else config["lora_alpha"]
+    path.write_text(json.dumps(config))
+    if kind == "dora":
+        weights = load_file(folder / "adapter_model.safetensors")
+        random = np.random.default_rng(0)
+        for name in [name for name in weights if name.endswith("lora_B.weight")]:
+            magnitude = random.uniform(0.5, 2, len(weights[name])).astype(np.float32)
+            weights[name.replace("lora_B.weight", "lora_magnitude_vector")] = magnitude
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_row_is_the_same_alone_among_others_in_pieces_and_shared(
+    tiny: tuple[Path, modeling.PreTrainedModel], tmp_path: Path
+) -> None:
+    folder, loaded = tiny
+    adapters = [Adapter(f"sha256:{n}", build_tiny_adapter(folder, tmp_path / str(n), n, rank=n)) for n in (3, 4, 8)]
+    model = serve(loaded)
+    whole: list[torch.Tensor] = []
+    for adapter in (None, *adapters):
+        place = opened(model, request(TOKENS, adapter, "alone"))
+        whole += run(model, (place, 0, TOKENS, len(TOKENS)))
+        model.close(place)
+    assert len({float(logits.sum()) for logits in whole}) == 4
+
+    for caller, cuts in (("one by one", range(1, 150)), ("in three", (37, 99)), ("beside blocks", (32, 64, 96))):
+        places = [opened(model, request(TOKENS, adapter, caller)) for adapter in (None, *adapters)]
+        got: list[list[torch.Tensor]] = [[] for _ in places]
+        ends = [*cuts, len(TOKENS)]
+        for first, last in zip([0, *cuts], ends, strict=True):
+            piece = TOKENS[first:last]
+            order = random.Random(first).sample(range(4), 4)
+            for index, logits in zip(
+                order, run(model, *((places[i], first, piece, len(piece)) for i in order)), strict=True
+            ):
+                got[index].append(logits)
+        for index, place in enumerate(places):
+            assert torch.equal(torch.cat(got[index]), whole[index]), (caller, index)
+            model.close(place)
+
+    for adapter, expected in zip((None, *adapters), whole, strict=True):
+        place = opened(model, request(TOKENS, adapter, "alone"))  # whose blocks still lie there
+        known = model.find_read(place, 0)
+        assert known == len(TOKENS) // BLOCK_TOKENS * BLOCK_TOKENS
+        (logits,) = run(model, (place, known, TOKENS[known:], len(TOKENS) - known))
+        assert torch.equal(logits, expected[known:])
+        model.close(place)
+        other = opened(model, request(TOKENS, adapter, "someone else"))
+        assert model.find_read(other, 0) == 0
+        model.close(other)
+
+
+def test_guesses_that_were_wrong_leave_no_trace(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
+    model = serve(tiny[1])
+    place, twin = (opened(model, request(TOKENS, caller=caller)) for caller in "ab")
+    run(model, (place, 0, TOKENS[:100], 0), (twin, 0, TOKENS[:100], 0))
+    run(model, (place, 100, [5, 6, 7, 8, 9], 5))
+    for at in range(100, 120):
+        mine, other = run(model, (place, at, [TOKENS[at]], 1), (twin, at, [TOKENS[at]], 1))
+        assert torch.equal(mine, other)
+
+
+def test_numbers_that_are_not_finite_stay_seen(tmp_path: Path) -> None:
+    folder = build_tiny_base(tmp_path / "base")
+    _, loaded = load(folder)
+    with torch.no_grad():
+        loaded.get_decoder().layers[0].input_layernorm.weight[3] = torch.inf  # type: ignore[no-untyped-call, union-attr]
+    model = serve(loaded)
+    (logits,) = run(model, (opened(model, request(TOKENS)), 0, TOKENS, 1))
+    assert not torch.isfinite(logits).any()
+
+
+def test_both_ways_to_multiply_are_one(
+    tiny: tuple[Path, modeling.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the CPU has no VNNI, FBGEMM multiplies: the same whole numbers."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this torch has no FBGEMM")
+    results = []
+    for is_exact in (modeling._has_exact_products(), False):
+        monkeypatch.setattr(modeling, "_has_exact_products", lambda is_exact=is_exact: is_exact)
+        model = serve(tiny[1])
+        results += run(model, (opened(model, request(TOKENS)), 0, TOKENS, len(TOKENS)))
+        weight = modeling.Int8Weight(torch.linspace(-1, 1, 40 * 96).view(40, 96))
+        rows = torch.full((3, 96), 63, dtype=torch.int8)
+        whole = (weight.to_float() / weight.scales[:, None]).round().double()
+        assert torch.equal(weight.times(rows).double(), rows.double() @ whole.t())
+    assert torch.equal(*results)
+
+
+def test_rounding_twice_is_rounding_once() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(300, 200) * torch.rand(300, 1)
+    weight[7] = 0
+    rounded, scales = modeling.round_to_int8(weight)
+    once = rounded * scales[:, None]
+    again, same = modeling.round_to_int8(once)
+    assert torch.equal(again, rounded)
+    assert torch.allclose(same, scales, rtol=1e-6)
+    assert (weight - once).abs().max() <= 0.13 * weight.abs().max()
+    step = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    largest_only = (weight / step).round() * step
+    assert (weight - once).square().sum() < (weight - largest_only).square().sum()
+
+
+def test_an_adapter_of_another_base_is_refused_and_gives_its_room_back(
+    tiny: tuple[Path, modeling.PreTrainedModel], tmp_path: Path
+) -> None:
+    model = serve(tiny[1])
+    other = build_tiny_base(tmp_path / "other", "gpt2")
+    for folder in (build_tiny_adapter(other, tmp_path / "strange", 1), tmp_path / "missing"):
+        with pytest.raises(IntegrityError):
+            model.open(request(TOKENS, Adapter("sha256:x", folder)))
+    assert model._pool.num_used == 0
+    assert not model.adapters.digests
+
+
+# --- blocks ------------------------------------------------------------------------------------------------------
+
+
+def test_a_beginning_is_shared_within_an_owner_once_it_was_read() -> None:
+    pool = BlockPool(9, 4)
+    prompt = list(range(10))
+    first = lent(pool.open("a", prompt, 2))
+    assert pool.find_read(first, 0) == 0
+    pool.name_read(first, 7)  # one whole block of it
+
+    second = lent(pool.open("a", prompt, 2))
+    assert pool.find_read(second, 0) == 4
+    assert second.blocks[0] == first.blocks[0]
+    assert len({*first.blocks, *second.blocks}) == pool.num_used == 5
+    assert pool.find_read(second, 6) == 6  # in the middle of a block there is nothing to find
+    pool.name_read(first, 10)
+    assert pool.find_read(second, 4) == 8
+    assert len({*first.blocks, *second.blocks}) == pool.num_used == 4
+
+    other = lent(pool.open("b", prompt, 2))
+    assert pool.find_read(other, 0) == 0
+    pool.close(first)
+    assert pool.num_used == 3 + 3  # the second still holds what it shares
+    pool.close(second)
+    pool.close(other)
+    assert pool.num_used == 0
+
+    late = lent(pool.open("a", [*prompt[:8], 99], 3))
+    assert pool.find_read(late, 0) == 8
+
+
+def test_the_last_prompt_token_is_always_read() -> None:
+    pool = BlockPool(9, 4)
+    prompt = list(range(8))
+    first = lent(pool.open("a", prompt, 1))
+    pool.name_read(first, 8)
+    assert pool.find_read(lent(pool.open("a", prompt, 1)), 0) == 4
+
+
+def test_kept_beginnings_give_way_the_oldest_first() -> None:
+    pool = BlockPool(4, 4)
+    for start in (0, 100, 200):
+        table = lent(pool.open("a", [*range(start, start + 4), 9], 0))
+        pool.name_read(table, 5)
+        pool.close(table)
+
+    def known(start: int) -> int:
+        table = lent(pool.open("a", [*range(start, start + 4), 9], 0))
+        found = pool.find_read(table, 0)
+        pool.close(table)
+        return found
+
+    assert [known(start) for start in (0, 100)] == [4, 4]
+    whole = lent(pool.open("a", [1], 7))  # two blocks: the one that was never named, and the oldest
+    assert pool.open("a", [1] * 20, 0) is None
+    pool.close(whole)
+    assert [known(start) for start in (100, 0, 200)] == [4, 4, 0]
+
+
+def test_no_block_is_ever_lent_twice_or_lost() -> None:
+    chance = random.Random(3)
+    pool = BlockPool(12, 2)
+    tables: list[tuple[Table, list[int], int]] = []
+    content: dict[int, tuple[int, ...]] = {}
+    for _ in range(3000):
+        if tables and chance.random() < 0.4:
+            pool.close(tables.pop(chance.randrange(len(tables)))[0])
+        prompt = [chance.randrange(2) for _ in range(chance.randint(1, 9))]
+        if (table := pool.open("a", prompt, chance.randint(0, 3))) is not None:
+            tables.append((table, prompt, 0))
+        for index, (table, prompt, read) in enumerate(tables):
+            found = pool.find_read(table, read)
+            for at in range(read // 2, found // 2):  # what is shared holds what this prompt begins with
+                assert content[table.blocks[at]] == tuple(prompt[: 2 * at + 2])
+            read = min(len(prompt), found + chance.randint(0, 3))
+            for at in range(found // 2, read // 2):
+                content[table.blocks[at]] = tuple(prompt[: 2 * at + 2])
+            pool.name_read(table, read)
+            tables[index] = (table, prompt, read)
+        used = [block for table, _, _ in tables for block in set(table.blocks)]
+        assert len(set(used)) == pool.num_used
+        shared = {block for block in used if used.count(block) > 1}
+        assert shared <= set(pool._names)
+    for table, _, _ in tables:
+        pool.close(table)
+    assert pool.num_used == 0
+    assert pool.open("a", [5] * 24, 0) is not None
+
+
+def lent(table: Table | None) -> Table:
+    assert table is not None
+    return table
+
+
+# --- guesses -----------------------------------------------------------------------------------------------------
+
+
+def test_what_followed_last_time_is_guessed() -> None:
+    drafts = Drafts()
+    tokens = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    assert drafts.guess(tokens, 4) == [4, 5, 6, 1]
+    assert drafts.guess(tokens, 0) == []
+    tokens += [9]
+    assert drafts.guess(tokens, 4) == []
+    tokens += [1, 2, 3]
+    assert drafts.guess(tokens, 2) == [9, 1]  # the newer one
+    assert Drafts().guess([1, 2], 4) == []
+
+
+def test_guesses_save_steps_and_change_nothing(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
+    from tokenizers import Tokenizer
+
+    from knowledge_engine.inference.scheduler import Scheduler
+
+    tokenizer = Tokenizer.from_file(str(tiny[0] / "tokenizer.json"))
+    for temperature in (0.0, 0.8):
+        texts: list[str] = []
+        steps: list[int] = []
+        for num_drafts in (0, 6):
+            model = serve(tiny[1])
+            model.num_drafts = num_drafts
+            scheduler = Scheduler(model, tokenizer, CONTEXT, 4)
+            sampling = SamplingParams(max_tokens=200, temperature=temperature, top_k=3, seed=5)
+            scheduler.submit((1, 1), EngineRequest(TOKENS * 2, sampling, []), 0.0)
+            texts.append("".join(output.text for output in until_done(scheduler)))
+            steps.append(scheduler.num_steps)
+        assert texts[0] == texts[1]
+        assert steps[1] < steps[0]
+
+
+def until_done(scheduler: Any) -> Iterator[Any]:
+    while scheduler.num_active or scheduler.num_waiting:
+        yield from scheduler.step()

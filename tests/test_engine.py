@@ -93,6 +93,21 @@ def engine(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
     assert process.stop() == 0, process.log.read_text()
 
 
+@pytest.fixture(scope="module")
+def small_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EngineProcess]]:
+    """One for each way to compute; room for 2,048 tokens where that is bounded, and four adapters of rank 2."""
+    engines: dict[str, EngineProcess] = {}
+    for family in ("llama", "gpt2"):
+        root = tmp_path_factory.mktemp(family)
+        base = build_tiny_base(root / "base", family)
+        build_tiny_adapter(base, root / "adapter", 0, rank=2)
+        size = (root / "adapter" / "adapter_model.safetensors").stat().st_size
+        engines[family] = EngineProcess(root, base, kv_cache_bytes=2**20, adapter_cache_bytes=int(4.5 * size))
+    yield engines
+    for engine in engines.values():
+        assert engine.stop() == 0, engine.log.read_text()
+
+
 @pytest.fixture
 async def client(engine: EngineProcess) -> AsyncIterator[EngineClient]:
     async with connected(engine) as client:
@@ -200,34 +215,30 @@ async def test_mixed_concurrent_answers_equal_those_one_by_one(
     assert set((await client.refresh()).adapters) >= {adapter.digest for adapter in adapters}
 
 
-@pytest.mark.parametrize(("family", "num_pieces"), [("llama", 4), ("gpt2", 2)])
+@pytest.mark.parametrize(("family", "precision", "num_pieces"), [("llama", "int8", 4), ("gpt2", "float32", 2)])
 async def test_a_long_prompt_is_read_in_pieces_and_answered_as_transformers_answers_it(
-    family: str, num_pieces: int, engine: EngineProcess, tmp_path: Path
+    family: str, precision: str, num_pieces: int, small_engines: dict[str, EngineProcess]
 ) -> None:
     import torch
 
     from knowledge_engine import modeling
     from knowledge_engine.bases import get_base
 
-    process = engine if family == "llama" else EngineProcess(tmp_path, build_tiny_base(tmp_path / "base", family))
-    try:
-        async with connected(process) as client:
-            token_ids = (prompt(process) * 60)[:900]
-            before = await client.refresh()
-            assert before.precision == {"llama": modeling.INT8, "gpt2": modeling.FLOAT32}[family]
-            got = await answer(client, ask(token_ids, max_tokens=20))
-            num_steps = (await client.refresh()).num_steps - before.num_steps
-            assert num_pieces < num_steps <= num_pieces + 19  # a right guess saves a step
-            model = modeling.load_base(get_base(process.settings), before.precision, "cpu")
-            whole = list(token_ids)
-            with torch.inference_mode():
-                for _ in range(20):
-                    whole.append(int(model(torch.tensor([whole])).logits[0, -1].argmax()))
-            tokenizer = Tokenizer.from_file(str(process.base / "tokenizer.json"))
-            assert got.text == tokenizer.decode(whole[len(token_ids) :], skip_special_tokens=True)
-    finally:
-        if process is not engine:
-            process.stop()
+    engine = small_engines[family]
+    async with connected(engine) as client:
+        token_ids = (prompt(engine) * 60)[:900]
+        before = await client.refresh()
+        assert before.precision == precision
+        got = await answer(client, ask(token_ids, max_tokens=20))
+        num_steps = (await client.refresh()).num_steps - before.num_steps
+    assert num_pieces < num_steps <= num_pieces + 19  # a right guess saves a step
+    model = modeling.load_base(get_base(engine.settings), precision, "cpu")
+    whole = list(token_ids)
+    with torch.inference_mode():
+        for _ in range(20):
+            whole.append(int(model(torch.tensor([whole])).logits[0, -1].argmax()))
+    tokenizer = Tokenizer.from_file(str(engine.base / "tokenizer.json"))
+    assert got.text == tokenizer.decode(whole[len(token_ids) :], skip_special_tokens=True)
 
 
 async def test_a_closed_iterator_stops_decoding_within_one_step(engine: EngineProcess, client: EngineClient) -> None:
@@ -385,47 +396,40 @@ async def test_an_unloaded_adapter_is_gone_after_its_last_answer(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-async def test_idle_adapters_give_way_to_newer_ones(family: str, tmp_path: Path) -> None:
-    base = build_tiny_base(tmp_path / "base", family)
+async def test_idle_adapters_give_way_to_newer_ones(
+    family: str, small_engines: dict[str, EngineProcess], tmp_path: Path
+) -> None:
+    engine = small_engines[family]
     many = [
-        Adapter(f"sha256:many{seed}", build_tiny_adapter(base, tmp_path / str(seed), seed, rank=2)) for seed in range(6)
+        Adapter(f"sha256:many{seed}", build_tiny_adapter(engine.base, tmp_path / str(seed), seed, rank=2))
+        for seed in range(6)
     ]
-    size = (many[0].folder / "adapter_model.safetensors").stat().st_size
-    engine = EngineProcess(tmp_path, base, adapter_cache_bytes=int(4.5 * size))
-    try:
-        async with connected(engine) as client:
+    async with connected(engine) as client:
 
-            async def text(adapter: Adapter) -> str:
-                return (await answer(client, ask(prompt(engine), max_tokens=20, adapter=adapter))).text
+        async def text(adapter: Adapter) -> str:
+            return (await answer(client, ask(prompt(engine), max_tokens=20, adapter=adapter))).text
 
-            texts = [await text(adapter) for adapter in many]
-            assert len(set(texts)) == len(texts)
-            loaded = (await client.refresh()).adapters
-            assert 2 <= len(loaded) < len(many)
-            assert loaded == tuple(adapter.digest for adapter in many[-len(loaded) :])
-            busy = client.generate(ask(prompt(engine), max_tokens=900, adapter=many[0]))
-            await anext(busy)
-            assert [await text(adapter) for adapter in many[1:]] == texts[1:]
-            assert many[0].digest in (await client.refresh()).adapters
-            await busy.aclose()
-            assert await text(many[0]) == texts[0]
-    finally:
-        engine.stop()
+        texts = [await text(adapter) for adapter in many]
+        assert len(set(texts)) == len(texts)
+        loaded = (await client.refresh()).adapters
+        assert 2 <= len(loaded) < len(many)
+        assert loaded == tuple(adapter.digest for adapter in many[-len(loaded) :])
+        busy = client.generate(ask(prompt(engine), max_tokens=900, adapter=many[0]))
+        await anext(busy)
+        assert [await text(adapter) for adapter in many[1:]] == texts[1:]
+        assert many[0].digest in (await client.refresh()).adapters
+        await busy.aclose()
+        assert await text(many[0]) == texts[0]
 
 
-async def test_room_for_what_was_read_is_bounded_and_given_back(base: Path, tmp_path: Path) -> None:
-    """The smallest cache there may be: requests wait for one another's room, and one that never fits is refused."""
-    engine = EngineProcess(tmp_path, base, kv_cache_bytes=2**20)  # 2,048 tokens of this base
-    try:
-        async with connected(engine) as client:
-            requests = [ask([number + 5] * 400, max_tokens=500) for number in range(ACTIVE)]
-            alone = [(await answer(client, request)).text for request in requests]
-            tasks = [asyncio.create_task(answer(client, request)) for request in requests]
-            seen = await until(client, lambda status: status.waiting > 0)
-            assert seen.active == 2
-            assert [(await task).text for task in tasks] == alone
-    finally:
-        engine.stop()
+async def test_room_for_what_was_read_is_bounded_and_given_back(small_engines: dict[str, EngineProcess]) -> None:
+    async with connected(small_engines["llama"]) as client:
+        requests = [ask([number + 5] * 400, max_tokens=500) for number in range(ACTIVE)]
+        alone = [(await answer(client, request)).text for request in requests]
+        tasks = [asyncio.create_task(answer(client, request)) for request in requests]
+        seen = await until(client, lambda status: status.waiting > 0)
+        assert seen.active == 2
+        assert [(await task).text for task in tasks] == alone
 
 
 @pytest.mark.parametrize(

@@ -617,7 +617,7 @@ def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Ba
     assert [event.step for event in context.steps] == [1, 2, 3, 4, 5, 6]
     assert result.comparison is not None
     assert result.comparison.tuned_loss < result.comparison.base_loss
-    assert (result.comparison.num_conversations, result.comparison.precision) == (4, "float32")
+    assert (result.comparison.num_conversations, result.comparison.precision) == (4, "int8")
     assert (result.num_steps, result.version) == (6, 1)
     assert result.tokens_per_second > 0
     assert result.peak_memory_bytes > 100_000_000
@@ -634,7 +634,7 @@ def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Ba
     }  # fmt: skip
     assert str(workshop.settings.data_dir.parent) not in (folder / "adapter_config.json").read_text()
     base = bases["llama"]
-    served = modeling.add_adapter(modeling.load_base(base, "float32", "cpu"), folder, "x")
+    served = modeling.add_adapter(modeling.load_base(base, "int8", "cpu"), folder, "x")
     modeling.select_adapter(served, "x")
     text = ChatText.load(base)
     rows = [text.encode_example(row.messages) for row in workshop.datasets.conversations("talks")]

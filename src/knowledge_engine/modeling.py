@@ -191,14 +191,15 @@ def _has_exact_products() -> bool:
 
 
 class Int8Weight:
-    """A weight (O, I) for integer products, as `round_to_int8` has it."""
+    """A weight (O, I) for integer products, as `round_to_int8` has it. `plain` is the rounded weight, unless only
+    FBGEMM has it, in its own order."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         rounded, self.scales = round_to_int8(weight)
-        self._plain: torch.Tensor | None = None
+        self.plain: torch.Tensor | None = None
         self._packed: Any = None
         if _has_exact_products():
-            self._plain = rounded
+            self.plain = rounded
         else:
             zeros = torch.zeros(len(rounded), dtype=torch.int64)
             ones = torch.ones(len(rounded), dtype=torch.float64)
@@ -210,14 +211,14 @@ class Int8Weight:
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """x (R, I) of int8 within -63 and 63 times the transpose of the rounded weight: (R, O), exact whole numbers in
         int32 or, while they are below 2^24, in float32."""
-        if self._plain is not None:
-            return torch._int_mm(x, self._plain.t())
+        if self.plain is not None:
+            return torch._int_mm(x, self.plain.t())
         # FBGEMM wants unsigned numbers: with these, no pair of products leaves the 16 bits that older CPUs have for it.
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x.float(), 1.0, 64, self._packed)  # type: ignore[no-any-return]
 
     def to_float(self) -> torch.Tensor:
         """The rounded weight in float32."""
-        rounded = self._plain
+        rounded = self.plain
         if rounded is None:
             rounded = torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
         return rounded * self.scales[:, None]

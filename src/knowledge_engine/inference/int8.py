@@ -1,9 +1,9 @@
 """Bases of Llama's shape on a CPU with weights of eight bits: all sequences, each with its adapter, in one pass.
 
-The large products are of whole numbers: weights with a scale for each output, and activations in two halves of seven
-bits with a scale for each row. Their sums are exact in whatever order they are taken, and everything else is computed
-row by row (`kernels.py`), so that no row's result depends on what stands beside it: an answer is the same alone and
-among many, after a prompt read at once, in pieces, or taken from another who began alike.
+The large products are of whole numbers: weights of eight bits with a scale for each output, and activations of
+fourteen with a scale for each row. Their sums are exact in whatever order they are taken, and everything else is
+computed row by row (`kernels.py`), so that no row's result depends on what stands beside it: an answer is the same
+alone and among many, after a prompt read at once, in pieces, or taken from another who began alike.
 
 Shapes: R rows (one token of one sequence each), H width, V vocabulary.
 """
@@ -32,6 +32,8 @@ PIECE_TOKENS = 256
 """Prompt tokens of one sequence read in one pass; more make no product faster."""
 STEP_TOKENS = 64
 """Prompt tokens read in one pass while others wait for their next token."""
+FEW_ROWS = 2
+"""So many are multiplied by a kernel of our own: torch's are made for more."""
 NUM_DRAFTS = 6
 """Guessed tokens that one pass looks at, of all sequences together: so few cost next to nothing."""
 
@@ -46,12 +48,12 @@ class _Part:
 
     a: Array
     b: Array
-    ranks: Array
+    groups: Array
     factors: Array
 
     @property
     def size_bytes(self) -> int:
-        return int(self.a.nbytes + self.b.nbytes + self.ranks.nbytes + self.factors.nbytes)
+        return int(self.a.nbytes + self.b.nbytes + self.groups.nbytes + self.factors.nbytes)
 
 
 class Int8Place:
@@ -77,39 +79,50 @@ class _Linear:
             biases = [torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in modules]
             self._bias = torch.cat(biases).numpy()
 
-    def apply(self, halves: torch.Tensor, tops: Array, y: Array) -> None:
-        """halves (2 R, inputs), tops (R,) -> y (R, outputs)."""
-        kernels.join_rows(self._weight.times(halves).numpy(), tops, self._scales, self._bias, y)
+    def apply(self, whole: Array, units: Array, y: Array) -> None:
+        """whole (R, inputs), units (R,) -> y (R, outputs)."""
+        num_rows, num_inputs = whole.shape
+        if num_rows <= FEW_ROWS and (plain := self._weight.plain) is not None:
+            kernels.multiply_rows(whole, plain.numpy(), units, self._scales, self._bias, y)
+            return
+        halves = torch.empty(2 * num_rows, num_inputs, dtype=torch.int8)
+        kernels.halve_rows(whole, halves.numpy())
+        kernels.join_rows(self._weight.times(halves).numpy(), units, self._scales, self._bias, y)
 
     def adapt(self, x: Array, y: Array, adapted: Sequence[tuple[list[_Part | None], Array]]) -> None:
         """Adds to y what each adapter makes of its rows of x."""
         for parts, rows in adapted:
             if (part := parts[self.number]) is not None:
-                kernels.adapt_rows(x, y, rows, part.a, part.b, part.ranks, part.factors, self._bias)
+                kernels.adapt_rows(x, y, rows, part.a, part.b, part.groups, part.factors, self._bias)
 
     def part(self, weights: dict[str, AdapterWeights]) -> _Part | None:
         """What an adapter has for these modules; None for nothing."""
-        columns: list[Array] = []
-        ranks: list[tuple[int, int, int]] = []
-        factors = np.ones(sum(self.num_outputs), np.float32)
+        rows: list[torch.Tensor] = []
+        columns: list[torch.Tensor] = []
+        groups: list[tuple[int, int, int]] = []
+        factors = torch.ones(sum(self.num_outputs))
         starts = itertools.accumulate(self.num_outputs, initial=0)
-        start_of_column = 0
+        is_dora = False
         for name, start, size in zip(self.names, starts, self.num_outputs, strict=False):
             if (own := weights.get(name)) is None:
                 continue
-            for column in (own.b * own.scaling).t().contiguous().numpy():
-                columns.append(column)
-                ranks.append((start, size, start_of_column))
-                start_of_column += size
+            padding = -len(own.a) % 4
+            rows.append(nn.functional.pad(own.a, (0, 0, 0, padding)))
+            columns.append(nn.functional.pad((own.b * own.scaling).t(), (0, 0, 0, padding)).flatten())
+            first = sum(map(len, columns[:-1]))
+            groups += ((start, size, first + 4 * g * size) for g in range((len(own.a) + padding) // 4))
             if own.magnitude is not None:
+                is_dora = True
                 whole = self._weight.to_float()[start : start + size] + own.scaling * (own.b @ own.a)
-                factors[start : start + size] = (own.magnitude / torch.linalg.vector_norm(whole, dim=1)).numpy()
-        if not columns:
+                factors[start : start + size] = own.magnitude / torch.linalg.vector_norm(whole, dim=1)
+        if not rows:
             return None
-        a = torch.cat([weights[name].a for name in self.names if name in weights]).t().contiguous().numpy()
-        is_dora = any(name in weights and weights[name].magnitude is not None for name in self.names)
-        table = np.array(ranks, np.int64)
-        return _Part(a, np.concatenate(columns), table, factors if is_dora else _NOTHING)
+        return _Part(
+            torch.cat(rows).numpy(),
+            torch.cat(columns).numpy(),
+            np.array(groups, np.int64),
+            factors.numpy() if is_dora else _NOTHING,
+        )
 
 
 class _Layer:
@@ -169,17 +182,16 @@ class Int8Model:
 
         num_heads, num_keys = config.num_attention_heads, config.num_key_value_heads
         width, self._heads_width = config.hidden_size, num_heads * attention.head_dim
-        shape = (len(self._layers), num_keys, attention.head_dim, BLOCK_TOKENS)
-        num_blocks = max(1, cache_bytes // (2 * 4 * int(np.prod(shape))))
+        depth, num_layers = attention.head_dim, len(self._layers)
+        num_blocks = max(1, cache_bytes // (2 * 4 * num_layers * num_keys * depth * BLOCK_TOKENS))
         self._pool = BlockPool(num_blocks, BLOCK_TOKENS)
-        layers, _, depth, _ = shape
-        self._keys = np.zeros((layers, num_blocks, num_keys, depth, BLOCK_TOKENS), np.float32)
-        self._values = np.zeros((layers, num_blocks, num_keys, BLOCK_TOKENS, depth), np.float32)
+        self._keys = np.zeros((num_layers, num_blocks, num_keys, BLOCK_TOKENS, depth), np.float32)
+        self._values = np.zeros((num_layers, num_blocks, num_keys, depth, BLOCK_TOKENS), np.float32)
 
         max_rows = max_active + PIECE_TOKENS + NUM_DRAFTS
         inner = config.intermediate_size
-        self._halves = torch.empty(2 * max_rows * max(width, self._heads_width, inner), dtype=torch.int8)
-        self._tops = np.empty(max_rows, np.float32)
+        self._whole = np.empty(max_rows * max(width, self._heads_width, inner), np.int16)
+        self._units = np.empty(max_rows, np.float32)
         self._queries = np.empty((max_rows, num_heads, depth), np.float32)
         self._normed, self._out = np.empty((2, max_rows, width), np.float32)
         self._qkv = np.empty((max_rows, self._heads_width + 2 * num_keys * depth), np.float32)
@@ -194,11 +206,11 @@ class Int8Model:
 
     def warm_up(self) -> None:
         """Compiles the kernels, or finds them compiled: seconds, which no request should wait."""
-        ranks = 8
-        a = np.zeros((self._embedding.shape[1], ranks), np.float32)
-        part = _Part(a, _NOTHING, np.zeros((ranks, 3), np.int64), _NOTHING)
+        a = np.zeros((4, self._embedding.shape[1]), np.float32)
+        part = _Part(a, _NOTHING, np.zeros((1, 3), np.int64), _NOTHING)
         place = Int8Place(Table([0], []), "", [part, *self._no_parts[1:]])
-        self._pass([(place, 0, [0], 1)])
+        for num_rows in (1, FEW_ROWS + 1):
+            self._pass([(place, 0, [0] * num_rows, num_rows)])
 
     def open(self, request: EngineRequest) -> Int8Place | None:
         """Raises IntegrityError: the adapter's files are not what they should be."""
@@ -253,10 +265,10 @@ class Int8Model:
         x = self._decode(x, positions, sequences, tables, _by_adapter(pieces, lengths), np.array(wanted, np.int64))
         if not wanted:
             return torch.empty(0, self.vocabulary_size)
-        halves, tops = self._halves_of(len(x), x.shape[1]), self._tops[: len(x)]
-        kernels.norm_rows(x, _NO_ROWS, self._norm, self._eps, self._normed[: len(x)], halves.numpy(), tops)
+        whole, units = self._whole_of(*x.shape), self._units[: len(x)]
+        kernels.norm_rows(x, _NO_ROWS, self._norm, self._eps, self._normed[: len(x)], whole, units)
         logits = np.empty((len(x), self.vocabulary_size), np.float32)
-        self._head.apply(halves, tops, logits)
+        self._head.apply(whole, units, logits)
         return torch.from_numpy(logits)
 
     def _decode(
@@ -271,36 +283,35 @@ class Int8Model:
         """The layers: x (R, H) -> the wanted rows of the last one's output."""
         num_rows, width = x.shape
         blocks = tables[sequences, positions // BLOCK_TOKENS]
-        tops, queries, normed = self._tops[:num_rows], self._queries[:num_rows], self._normed[:num_rows]
+        units, queries, normed = self._units[:num_rows], self._queries[:num_rows], self._normed[:num_rows]
         qkv, attended, out = self._qkv[:num_rows], self._attended[:num_rows], self._out[:num_rows]
         gated, inner = self._gated[:num_rows], self._inner[:num_rows]
-        halves = self._halves_of(num_rows, width)
-        halves_of_heads = self._halves_of(num_rows, self._heads_width)
-        halves_of_inner = self._halves_of(num_rows, inner.shape[1])
+        whole = self._whole_of(num_rows, width)
+        whole_heads, whole_inner = self._whole_of(*attended.shape), self._whole_of(*inner.shape)
         y = _NO_ROWS
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
-            kernels.norm_rows(x, y, layer.first_norm, self._eps, normed, halves.numpy(), tops)
-            layer.qkv.apply(halves, tops, qkv)
+            kernels.norm_rows(x, y, layer.first_norm, self._eps, normed, whole, units)
+            layer.qkv.apply(whole, units, qkv)
             layer.qkv.adapt(normed, qkv, adapted)
             kernels.store_rows(qkv, self._cos, self._sin, queries, keys, values, blocks, positions)
             kernels.attend_rows(
                 queries, keys, values, tables, sequences, positions, self._scaling, layer.window, attended
             )
-            kernels.split_rows(attended, halves_of_heads.numpy(), tops)
-            layer.o.apply(halves_of_heads, tops, out)
+            kernels.round_rows(attended, whole_heads, units)
+            layer.o.apply(whole_heads, units, out)
             layer.o.adapt(attended, out, adapted)
-            kernels.norm_rows(x, out, layer.second_norm, self._eps, normed, halves.numpy(), tops)
-            layer.gate_up.apply(halves, tops, gated)
+            kernels.norm_rows(x, out, layer.second_norm, self._eps, normed, whole, units)
+            layer.gate_up.apply(whole, units, gated)
             layer.gate_up.adapt(normed, gated, adapted)
-            kernels.gate_rows(gated, inner, halves_of_inner.numpy(), tops)
-            layer.down.apply(halves_of_inner, tops, out)
+            kernels.gate_rows(gated, inner, whole_inner, units)
+            layer.down.apply(whole_inner, units, out)
             layer.down.adapt(inner, out, adapted)
             y = out
         return x[wanted] + y[wanted]
 
-    def _halves_of(self, num_rows: int, width: int) -> torch.Tensor:
-        """The same room each time, for what is split next."""
-        return self._halves[: 2 * num_rows * width].view(2 * num_rows, width)
+    def _whole_of(self, num_rows: int, width: int) -> Array:
+        """The same room each time, for what is rounded next."""
+        return self._whole[: num_rows * width].reshape(num_rows, width)
 
     def _load(self, adapter: Adapter) -> tuple[list[_Part | None], int]:
         weights = modeling.read_adapter(adapter.folder, self._modules)

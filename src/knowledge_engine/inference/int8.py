@@ -244,9 +244,10 @@ class Int8Model:
         except Exception as error:
             yield from ((index, error) for index in range(len(pieces)))
             return
-        first = 0
-        for index, (place, start, token_ids, num_logits) in enumerate(pieces):
+        for place, start, token_ids, _ in pieces:  # before the first is given away, and others may be closed
             self._pool.name_read(place.table, start + len(token_ids))
+        first = 0
+        for index, (*_, num_logits) in enumerate(pieces):
             yield index, logits[first : first + num_logits]
             first += num_logits
 

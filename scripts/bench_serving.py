@@ -143,7 +143,7 @@ def main() -> int:
         if arguments.vllm:
             for precision in ("bfloat16", "float32"):
                 with _vllm(arguments.vllm, base, adapters, precision) as (pid, url):
-                    tell(f"vLLM {precision}", _ask_openai(url, [path.name for path in adapters]), pid)
+                    tell(f"vLLM {precision}", _ask_openai(url, _names()), pid)
         if arguments.transformers:
             with _transformers(arguments.transformers, base) as (pid, url):
                 tell("transformers serve", _ask_openai(url, [str(base)]), pid)
@@ -285,14 +285,14 @@ def _train(folder: Path, address: str) -> list[Path]:
     with Client(address) as client:
         _wait(lambda: "".join(client.stream_generate("base", "Hello!", max_tokens=2)), (KnowledgeEngineError,))
         known = {model.name for model in client.list_models()}
-        for number in range(NUM_ADAPTERS):
-            if f"assistant-{number}" in known:
+        for number, name in enumerate(_names()):
+            if name in known:
                 continue
             if number == 0 and "talks" not in {dataset.id for dataset in client.list_datasets()}:
                 rows = "\n".join(conversations(get_base(settings), 96)).encode()
                 client.upload_dataset("talks", rows, kind=DatasetKind.CONVERSATIONS)
             spec = TrainingSpec(
-                dataset="talks", model=f"assistant-{number}", use_qlora=False, max_steps=2, learning_rate=1e-4,
+                dataset="talks", model=name, use_qlora=False, max_steps=2, learning_rate=1e-4,
                 eval_split=0, per_device_train_batch_size=2, gradient_accumulation_steps=1, seed=number,
             )  # fmt: skip
             job = client.create_training_job(spec)
@@ -302,7 +302,7 @@ def _train(folder: Path, address: str) -> list[Path]:
             if job.result is None:
                 raise SystemExit(f"the training ended as {job.state}: {job.error}")
     registry = Registry.open(settings)
-    return [registry.folder(f"assistant-{number}", 1) for number in range(NUM_ADAPTERS)]
+    return [registry.folder(name, 1) for name in _names()]
 
 
 def _ask_grpc(address: str) -> Ask:
@@ -359,8 +359,8 @@ def _vllm(python: str, base: Path, adapters: Sequence[Path], precision: str) -> 
     # Versions lie in folders called 1; vLLM is to know them by a name each.
     with tempfile.TemporaryDirectory() as folder:
         named = []
-        for number, adapter in enumerate(adapters):
-            (link := Path(folder) / f"assistant-{number}").symlink_to(adapter)
+        for name, adapter in zip(_names(), adapters, strict=True):
+            (link := Path(folder) / name).symlink_to(adapter)
             named.append(f"{link.name}={link}")
         command = [
             python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", "base",
@@ -405,6 +405,10 @@ def _ask_openai(url: str, models: Sequence[str]) -> Ask:
 
 
 # --- the little things ------------------------------------------------------------------------------------------------
+
+
+def _names() -> list[str]:
+    return [f"assistant-{number}" for number in range(NUM_ADAPTERS)]
 
 
 def _messages(question: str) -> list[dict[str, str]]:

@@ -159,7 +159,8 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
 def round_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight (O, I) as whole numbers of eight bits and a scale (O,) for each output, of a few the one with the least
     squared error. A weight that was rounded so before comes out as it is."""
-    parts = [_round_rows(part) for part in weight.split(max(1, _NUMBERS_AT_ONCE // weight.shape[1]))]
+    at_once = max(1, _NUMBERS_AT_ONCE // weight.shape[1])
+    parts = [_round_rows(weight[first : first + at_once]) for first in range(0, len(weight), at_once)]
     rounded, scales = zip(*parts, strict=True)
     return torch.cat(rounded), torch.cat(scales)
 

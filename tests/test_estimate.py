@@ -304,8 +304,8 @@ def test_the_engine_says_what_it_holds_until_it_ends(make_settings: Any) -> None
     state = State.open(settings.state_url)
     try:
         wait_until(lambda: state.held_memory() == {"engine": 12_345})
-        lease.measure()
-        wait_until(lambda: state.held_memory()["engine"] > 2**20)
+        lease.measure(room_bytes=2**40)
+        wait_until(lambda: state.held_memory()["engine"] > 2**40 + 2**20)
         lease.release()
         assert state.held_memory() == {}
     finally:

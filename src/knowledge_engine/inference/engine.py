@@ -258,7 +258,7 @@ class Engine:
 
     def _became_ready(self, scheduler: Scheduler, status: EngineStatus) -> None:
         self._scheduler = scheduler
-        self._lease.measure()
+        self._lease.measure(scheduler.room_bytes)
         self._set_status(status)
         _log.info("ready: %s in %s", status.base_digest, status.precision)
 

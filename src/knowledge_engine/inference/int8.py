@@ -188,6 +188,8 @@ class Int8Model:
         self._keys = np.zeros((num_layers, num_blocks, num_keys, BLOCK_TOKENS, depth), np.float32)
         self._values = np.zeros((num_layers, num_blocks, num_keys, depth, BLOCK_TOKENS), np.float32)
 
+        self.room_bytes = self._keys.nbytes + self._values.nbytes
+
         max_rows = max_active + PIECE_TOKENS + NUM_DRAFTS
         inner = config.intermediate_size
         self._whole = np.empty(max_rows * max(width, self._heads_width, inner), np.int16)

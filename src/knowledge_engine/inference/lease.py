@@ -45,9 +45,10 @@ class MemoryLease:
         self._expected_bytes = size_bytes
         self._changed.set()
 
-    def measure(self) -> None:
-        """From now on holds what the process really takes; what came before, the preparation of the base above all,
-        does not count."""
+    def measure(self, room_bytes: int) -> None:
+        """From now on holds what the process really takes, and `room_bytes` more than it takes now, which it may fill
+        later; what came before, the preparation of the base above all, does not count."""
+        self._largest_bytes = _taken_bytes() + room_bytes
         self._is_ready = True
         self._changed.set()
 

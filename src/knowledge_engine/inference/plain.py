@@ -38,6 +38,7 @@ class PlainModel:
     step_tokens: int | None = None
     num_drafts = 0
     max_tokens: int | None = None
+    room_bytes = 0
 
     def __init__(self, model: PreTrainedModel, adapter_budget_bytes: int) -> None:
         # Adapters replace layers inside this very object, so it is the one to call with or without them.

@@ -45,6 +45,8 @@ class Model(Protocol):
     max_tokens: int | None
     """The most tokens that prompt and answer may have, where that is not the context alone."""
     vocabulary_size: int
+    room_bytes: int
+    """Memory set aside for what will be read, and not taken yet."""
 
     @property
     def adapters(self) -> Adapters[Any]: ...
@@ -146,6 +148,10 @@ class Scheduler:
     @property
     def adapters(self) -> Adapters[Any]:
         return self._model.adapters
+
+    @property
+    def room_bytes(self) -> int:
+        return self._model.room_bytes
 
     @property
     def num_active(self) -> int:

@@ -50,9 +50,8 @@ class EngineProcess:
 
     def __init__(self, root: Path, base: Path, **settings: int) -> None:
         self.base = base
-        self.settings = Settings(
-            data_dir=root, base_model=str(base), max_active_streams=ACTIVE, max_waiting_streams=WAITING, **settings
-        )
+        values = {"max_active_streams": ACTIVE, "max_waiting_streams": WAITING} | settings
+        self.settings = Settings(data_dir=root, base_model=str(base), **values)
         self.path = socket_path(self.settings)
         self.log = root / "engine.log"
         self.start()
@@ -356,6 +355,37 @@ async def test_code_points_stay_whole(engine: EngineProcess, client: EngineClien
         assert got.text == same.text
         for delta in got.deltas:
             delta.encode("utf-8")
+
+
+async def test_200_requests_over_32_adapters_are_answered_as_one_by_one(base: Path, tmp_path: Path) -> None:
+    """Most of the adapters do not fit at once, so they come and go while others answer."""
+    chosen: list[Adapter | None] = [
+        Adapter(f"sha256:{seed}", build_tiny_adapter(base, tmp_path / str(seed), seed, rank=1 + seed % 8))
+        for seed in range(32)
+    ]
+    sizes = [(one.folder / "adapter_model.safetensors").stat().st_size for one in chosen if one is not None]
+    engine = EngineProcess(
+        tmp_path, base, max_active_streams=16, max_waiting_streams=200, adapter_cache_bytes=sum(sizes) // 4
+    )
+    try:
+        async with connected(engine) as client:
+            chosen.append(None)
+            requests = [
+                ask(
+                    prompt(engine, f"Question {number}: which backpack?" * (1 + number % 7)),
+                    adapter=chosen[number % 33],
+                )
+                for number in range(200)
+            ]
+            alone = [(await answer(client, request)).text for request in requests]
+            seen = asyncio.create_task(until(client, lambda status: status.active == 16 and status.waiting > 100))
+            together = await asyncio.gather(*(answer(client, request) for request in requests))
+            await seen
+            assert [got.text for got in together] == alone
+            assert len(set(alone)) > 150
+            assert 0 < len((await client.refresh()).adapters) < 32
+    finally:
+        assert engine.stop() == 0
 
 
 async def test_a_corrupt_adapter_fails_alone(

@@ -265,7 +265,7 @@ def _ours(folder: Path) -> Iterator[tuple[int, str, str]]:
         "KNOWLEDGE_HTTP_ADDRESS": "127.0.0.1:0",
     }
     command = [sys.executable, "-m", "knowledge_engine.cli", "serve", "--json"]
-    with _server(command, folder / "service.log", environment) as process:
+    with _server(command, folder / "service.log", environment, is_read=True) as process:
         assert process.stdout is not None
         addresses = json.loads(process.stdout.readline())
         yield process.pid, addresses["grpc_address"], addresses["http_address"]
@@ -344,7 +344,7 @@ def _llama(python: str) -> Iterator[tuple[int, str]]:
     assert found is not None
     assert found.origin is not None
     model = next(Path(found.origin).parent.glob("*.gguf"))
-    with _server([python, "-c", _LLAMA, str(model)], None, dict(os.environ)) as process:
+    with _server([python, "-c", _LLAMA, str(model)], None, dict(os.environ), is_read=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(b"LISTENS "):
@@ -425,11 +425,14 @@ async def _events(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any
 
 
 @contextmanager
-def _server(command: Sequence[str], log: Path | None, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _server(
+    command: Sequence[str], log: Path | None, environment: dict[str, str], *, is_read: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`is_read` is what is written to stdout; of a server that nobody reads it must not fill a pipe."""
     with log.open("wb") if log is not None else contextlib.nullcontext(subprocess.DEVNULL) as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE if log is None or "--json" in command else errors,
-            stderr=errors, env=environment,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE if is_read else errors, stderr=errors,
+            env=environment,
         )  # fmt: skip
         try:
             yield process

@@ -15,6 +15,7 @@ from knowledge_engine import modeling
 from knowledge_engine.bases import Base, prepare_base
 from knowledge_engine.core import SamplingParams
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason
+from knowledge_engine.inference import int8
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.drafts import Drafts
 from knowledge_engine.inference.int8 import Int8Model, Int8Place
@@ -376,6 +377,14 @@ def test_what_never_fits_is_refused_and_the_rest_waits_its_turn(tiny: tuple[Path
         scheduler.submit((1, number), asked, 0.0)
     done = [output.key[1] for output in until_done(scheduler) if output.finished is not None]
     assert done == [0, 1, 2]
+
+
+def test_without_a_setting_a_whole_context_fits(
+    tiny: tuple[Path, modeling.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Int8Model(tiny[1], CONTEXT, 16, None, 0).max_tokens > CONTEXT  # 1 GiB of such a small base
+    monkeypatch.setattr(int8, "DEFAULT_CACHE_BYTES", 2**16)
+    assert Int8Model(tiny[1], CONTEXT, 16, None, 0).max_tokens == CONTEXT
 
 
 def schedule(tiny: tuple[Path, modeling.PreTrainedModel], cache_bytes: int = CACHE_BYTES) -> tuple[Any, Int8Model]:

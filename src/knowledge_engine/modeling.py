@@ -167,11 +167,11 @@ def round_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     top = weight.abs().amax(1).clamp_min(1e-30)
-    scales = least = torch.empty_like(top)
+    scales, least = top / INT8_LEVELS, torch.full_like(top, math.inf)
     for share in _INT8_CLIPPING:
         tried = top * (share / INT8_LEVELS)
         error = _rounded(weight, tried).mul_(tried[:, None]).sub_(weight).square_().sum(1)
-        is_better = error < least if share < 1 else torch.ones_like(top, dtype=torch.bool)
+        is_better = error < least
         scales, least = torch.where(is_better, tried, scales), torch.where(is_better, error, least)
     return _rounded(weight, scales).to(torch.int8), scales
 
@@ -252,11 +252,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
     """
     known = linear_modules(model)
     short_names = sorted({name.rpartition(".")[2] for name in known})
-    unknown = [
-        target
-        for target in lora.target_modules
-        if not any(name == target or name.endswith(f".{target}") for name in known)
-    ]
+    unknown = [target for target in lora.target_modules if not any(_is_target(name, target) for name in known)]
     if unknown:
         raise InvalidSpecError(
             f"no linear module is called {', '.join(unknown)}; this base has {', '.join(short_names)}",
@@ -297,6 +293,11 @@ def _is_llama_shaped(base: Base) -> bool:
         and rope.get("rope_type", rope.get("type", "default")) in _STATIC_ROPE
         and head_width % 8 == 0
     )
+
+
+def _is_target(name: str, target: str) -> bool:
+    """Whether PEFT takes the module `name` for a target of this name."""
+    return name == target or name.endswith(f".{target}")
 
 
 def linear_modules(model: nn.Module) -> list[str]:
@@ -465,7 +466,7 @@ def read_adapter(folder: Path, modules: Mapping[str, tuple[int, int]]) -> dict[s
     config = _read_adapter_config(folder)
     tensors = _read_adapter_weights(folder)
     targets = sorted(config.target_modules or ())
-    chosen = [name for name in modules if any(name == target or name.endswith(f".{target}") for target in targets)]
+    chosen = [name for name in modules if any(_is_target(name, target) for target in targets)]
     expected: dict[str, torch.Tensor] = {}
     for name in chosen:
         outputs, inputs = modules[name]

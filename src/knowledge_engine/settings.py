@@ -73,9 +73,9 @@ class Settings(BaseSettings):
     """Memory of the device that trainings may count on; unset, all that the machine or its container has."""
     max_active_streams: int = Field(default=16, ge=1, le=1024)
     max_waiting_streams: int = Field(default=64, ge=0, le=4096)
-    kv_cache_bytes: int = Field(default=2**30, ge=2**20)
-    """Memory for what answers under way, and beginnings worth keeping, were read; taken as it fills. Bases that answer
-    through transformers' own forward take what they need instead."""
+    kv_cache_bytes: int | None = Field(default=None, ge=2**20)
+    """Memory for keys and values of answers under way and of beginnings worth keeping; taken as it fills. Unset, 1 GiB,
+    or one whole context where that is more. Bases that answer through transformers' own forward take what they need."""
     adapter_cache_bytes: int = Field(default=2**30, ge=0)
     """Memory for loaded adapters; those that answer stay beyond it."""
     request_timeout_seconds: float = Field(default=300, gt=0, le=3600)

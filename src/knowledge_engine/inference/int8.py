@@ -37,6 +37,8 @@ FEW_ROWS = 2
 NUM_DRAFTS = 6
 """Guessed tokens that one pass looks at, of all sequences together: so few cost next to nothing."""
 
+DEFAULT_CACHE_BYTES = 2**30
+
 _NOTHING = np.zeros(0, np.float32)
 _NO_ROWS = np.zeros((0, 0), np.float32)
 _UNBOUNDED = 2**62
@@ -63,6 +65,10 @@ class Int8Place:
         self.table = table
         self.digest = digest
         self.parts = parts
+
+
+_Piece = tuple[Int8Place, int, list[int], int]
+"""`scheduler.Piece`."""
 
 
 class _Linear:
@@ -151,22 +157,26 @@ class Int8Model:
     """`scheduler.Model` of a base that `modeling.load_base` loaded in `int8`; it takes what it needs of it."""
 
     piece_tokens = PIECE_TOKENS
-    step_tokens: int | None = STEP_TOKENS
+    step_tokens = STEP_TOKENS
     num_drafts = NUM_DRAFTS
-    max_tokens: int | None
 
     def __init__(
-        self, model: PreTrainedModel, context_length: int, max_active: int, cache_bytes: int, adapter_budget_bytes: int
+        self,
+        model: PreTrainedModel,
+        context_length: int,
+        max_active: int,
+        cache_bytes: int | None,
+        adapter_budget_bytes: int,
     ) -> None:
+        """Without `cache_bytes` there is room for one whole context at least."""
         config: Any = model.config
         decoder, head = modeling.body_and_head(model)
         attention = decoder.layers[0].self_attn
-        name = next(name for name, module in model.named_modules() if module is decoder.layers)
+        modules: dict[str, Any] = dict(model.named_modules())
         self._modules = {
-            known: (module.out_features, module.in_features)
-            for known, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            known: (modules[known].out_features, modules[known].in_features) for known in modeling.linear_modules(model)
         }
+        name = next(name for name, module in modules.items() if module is decoder.layers)
         self._layers = [
             _Layer(number, f"{name}.{number}", layer, _window(layer.self_attn, config))
             for number, layer in enumerate(decoder.layers)
@@ -183,11 +193,13 @@ class Int8Model:
         num_heads, num_keys = config.num_attention_heads, config.num_key_value_heads
         width, self._heads_width = config.hidden_size, num_heads * attention.head_dim
         depth, num_layers = attention.head_dim, len(self._layers)
-        num_blocks = max(1, cache_bytes // (2 * 4 * num_layers * num_keys * depth * BLOCK_TOKENS))
+        block_bytes = 2 * 4 * num_layers * num_keys * depth * BLOCK_TOKENS
+        if cache_bytes is None:
+            cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
+        num_blocks = max(1, cache_bytes // block_bytes)
         self._pool = BlockPool(num_blocks, BLOCK_TOKENS)
         self._keys = np.zeros((num_layers, num_blocks, num_keys, BLOCK_TOKENS, depth), np.float32)
         self._values = np.zeros((num_layers, num_blocks, num_keys, depth, BLOCK_TOKENS), np.float32)
-
         self.room_bytes = self._keys.nbytes + self._values.nbytes
 
         max_rows = max_active + PIECE_TOKENS + NUM_DRAFTS
@@ -237,9 +249,7 @@ class Int8Model:
     def find_read(self, place: Int8Place, num_tokens: int) -> int:
         return self._pool.find_read(place.table, num_tokens)
 
-    def forward(
-        self, pieces: Sequence[tuple[Int8Place, int, list[int], int]]
-    ) -> Iterator[tuple[int, torch.Tensor | Exception]]:
+    def forward(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """One pass for all."""
         try:
             logits = self._pass(pieces)
@@ -253,7 +263,7 @@ class Int8Model:
             yield index, logits[first : first + num_logits]
             first += num_logits
 
-    def _pass(self, pieces: Sequence[tuple[Int8Place, int, list[int], int]]) -> torch.Tensor:
+    def _pass(self, pieces: Sequence[_Piece]) -> torch.Tensor:
         """The logits asked for, (sum of `num_logits`, V)."""
         lengths = [len(token_ids) for _, _, token_ids, _ in pieces]
         tables = np.zeros((len(pieces), max(len(place.table.blocks) for place, *_ in pieces)), np.int64)
@@ -328,9 +338,7 @@ def _window(attention: Any, config: Any) -> int | None:
     return getattr(owner, "sliding_window", None)
 
 
-def _by_adapter(
-    pieces: Sequence[tuple[Int8Place, int, list[int], int]], lengths: Sequence[int]
-) -> list[tuple[list[_Part | None], Array]]:
+def _by_adapter(pieces: Sequence[_Piece], lengths: Sequence[int]) -> list[tuple[list[_Part | None], Array]]:
     """Each adapter's parts and the rows that go through them."""
     rows: dict[str, list[int]] = defaultdict(list)
     parts: dict[str, list[_Part | None]] = {}

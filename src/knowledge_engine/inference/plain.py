@@ -7,6 +7,7 @@ does not depend on who else is being answered.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class PlainModel:
     """`scheduler.Model` of a transformers model."""
 
     piece_tokens = PIECE_TOKENS
-    step_tokens: int | None = None
+    step_tokens = sys.maxsize
     num_drafts = 0
     max_tokens: int | None = None
     room_bytes = 0

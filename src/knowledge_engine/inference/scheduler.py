@@ -38,15 +38,17 @@ class Model(Protocol):
 
     piece_tokens: int
     """The most tokens of one prompt read in one step."""
-    step_tokens: int | None
-    """The most prompt tokens read in one step beside answers under way; None is no limit."""
+    step_tokens: int
+    """The most prompt tokens, of all, read in one step beside answers under way."""
     num_drafts: int
     """The most guessed tokens that a step looks at."""
-    max_tokens: int | None
-    """The most tokens that prompt and answer may have, where that is not the context alone."""
     vocabulary_size: int
     room_bytes: int
     """Memory set aside for what will be read, and not taken yet."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens that prompt and answer may have, where that is not the context alone."""
 
     @property
     def adapters(self) -> Adapters[Any]: ...
@@ -249,17 +251,15 @@ class Scheduler:
             most = min(num_drafts, sequence.sampling.max_tokens - sequence.num_tokens - 1)
             token_ids = [sequence.tokens[-1], *sequence.drafts.guess(sequence.tokens, most)]
             planned.append((sequence, token_ids, len(token_ids)))
-        room = self._model.step_tokens if answering else self._model.piece_tokens
+        room = self._model.step_tokens if answering else max(self._model.step_tokens, self._model.piece_tokens)
         for sequence in self._active.values():
             if sequence.is_answering:
                 continue
             sequence.num_read = self._model.find_read(sequence.place, sequence.num_read)
-            count = min(sequence.num_unread, self._model.piece_tokens)
-            if self._model.step_tokens is not None:
-                count = min(count, room or 0)
-                room = (room or 0) - count
+            count = min(sequence.num_unread, self._model.piece_tokens, room)
             if not count:
                 break
+            room -= count
             token_ids = sequence.tokens[sequence.num_read : sequence.num_read + count]
             planned.append((sequence, token_ids, int(count == sequence.num_unread)))
         return planned

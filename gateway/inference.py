@@ -16,8 +16,8 @@ from knowledge_engine.v1 import inference_pb2
 router = APIRouter(prefix="/api/v1", route_class=StrictRoute, tags=["inference"])
 
 _EVENTS = {
-    "description": "The answer; with `stream`, events `delta` {text}, then one `completion` with the facts, or `error` "
-    "with a problem when the answer breaks off.",
+    "description": "The answer; with `stream`, events `delta` {text, choice, logprobs}, then one `completion` with the "
+    "facts, or `error` with a problem when the answer breaks off.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
@@ -35,8 +35,15 @@ async def infer(model: AnyModel, body: schemas.InferenceRequest, request: Reques
         return await _stream(question, calls, request.state.request_id)
     message = inference_pb2.GenerateRequest(input=question)
     answer = await calls.unary(calls.server.inference.Generate, message)
+    choices = [
+        schemas.Choice(
+            text=choice.text,
+            logprobs=list(map(original.token_logprob, choice.logprobs)) if body.logprobs else None,
+        )
+        for choice in answer.choices
+    ]
     facts = original.completion_facts(answer.completion)
-    return schemas.InferenceResponse(response=answer.text, **facts.model_dump())
+    return schemas.InferenceResponse(response=answer.text, choices=choices, **facts.model_dump())
 
 
 async def _stream(question: inference_pb2.GenerationInput, calls: Calls, request_id: str) -> Response:
@@ -51,4 +58,9 @@ async def _stream(question: inference_pb2.GenerationInput, calls: Calls, request
 def _event(message: inference_pb2.StreamGenerateResponse) -> Event:
     if message.WhichOneof("payload") == "completion":
         return Event("completion", original.completion_facts(message.completion).model_dump())
-    return Event("delta", {"text": message.text_delta})
+    delta: dict[str, Any] = {"text": message.text_delta}
+    if message.choice:
+        delta["choice"] = message.choice
+    if message.logprobs:
+        delta["logprobs"] = [original.token_logprob(told).model_dump() for told in message.logprobs]
+    return Event("delta", delta)

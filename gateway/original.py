@@ -157,6 +157,14 @@ def model_summary(model: models_pb2.Model) -> schemas.ModelSummary:
     )
 
 
+def token_logprob(told: inference_pb2.TokenLogprob) -> schemas.TokenLogprob:
+    return schemas.TokenLogprob(**_likely(told), top=[schemas.LikelyToken(**_likely(other)) for other in told.top])
+
+
+def _likely(told: inference_pb2.TokenLogprob) -> dict[str, Any]:
+    return {"token_id": told.token_id, "token": told.token, "bytes": list(told.bytes), "logprob": told.logprob}
+
+
 def completion_facts(completion: inference_pb2.Completion) -> schemas.CompletionFacts:
     words: dict[int, schemas.FinishReason] = {
         inference_pb2.FINISH_REASON_STOP: "stop",
@@ -168,6 +176,7 @@ def completion_facts(completion: inference_pb2.Completion) -> schemas.Completion
         tokens_used=usage.prompt_tokens + usage.completion_tokens,
         processing_time_ms=round(seconds(completion.total_time) * 1000, 1),
         finish_reason=words[completion.finish_reason],
+        finish_reasons=[words[reason] for reason in completion.finish_reasons],
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         time_to_first_token_ms=round(seconds(completion.time_to_first_token) * 1000, 1),

@@ -154,7 +154,28 @@ class InferenceRequest(Strict):
         [], max_length=8, description="The answer ends before the first of these."
     )
     seed: int | None = Field(None, ge=0, le=2**63 - 1, description="The same seed gives the same answer.")
-    stream: bool = Field(False, description="Answer as server-sent events: `delta` {text}, then `completion`.")
+    min_p: float = Field(0, ge=0, le=1, description="Only tokens at least this share as likely as the likeliest.")
+    repetition_penalty: float = Field(
+        1, gt=0, le=2, description="Above 1 makes tokens of the prompt and of the answer so far less likely."
+    )
+    presence_penalty: float = Field(0, ge=-2, le=2, description="Taken from the logits of tokens that the answer has.")
+    frequency_penalty: float = Field(0, ge=-2, le=2, description="The same, for each time that the answer has them.")
+    json_schema: dict[str, Any] | None = Field(
+        None,
+        description="The answer is JSON that this schema accepts, its properties in this order, unless max_tokens or a "
+        "stop string cuts it off. A keyword that cannot be kept is refused, as is `regex` beside it.",
+    )
+    regex: str | None = Field(
+        None, min_length=1, max_length=4_096, description="The answer is text that this expression matches as a whole."
+    )
+    n: int = Field(1, ge=1, le=8, description="How many answers; needs a temperature above 0.")
+    logprobs: bool = Field(False, description="Tell how likely each token was.")
+    top_logprobs: int = Field(0, ge=0, le=20, description="And the likeliest in its place; needs `logprobs`.")
+    stream: bool = Field(
+        False,
+        description="Answer as server-sent events: `delta` {text; choice where n is not 1; logprobs where asked for}, "
+        "then `completion`.",
+    )
 
 
 # --- the first release's answers ----------------------------------------------------------------------------------
@@ -297,17 +318,41 @@ class CompletionFacts(BaseModel):
     model_used: str = Field(description="`base` or `name:version`.")
     tokens_used: int = Field(description="Prompt and answer.")
     processing_time_ms: float
-    finish_reason: FinishReason
+    finish_reason: FinishReason = Field(description="Of several answers, the first one's.")
+    finish_reasons: list[FinishReason] = Field(description="Of every answer.")
     prompt_tokens: int
     completion_tokens: int
     time_to_first_token_ms: float
     digest: str = Field(description="Digest of the version, or of the base.")
 
 
+class LikelyToken(BaseModel):
+    """A token and how likely it was."""
+
+    token_id: int
+    token: str = Field(description="Its text; U+FFFD where it is a part of a character.")
+    bytes: list[int] = Field(description="Its bytes.")
+    logprob: float = Field(description="Natural logarithm of the probability that the model itself gave it.")
+
+
+class TokenLogprob(LikelyToken):
+    """A token of an answer, and the likeliest in its place."""
+
+    top: list[LikelyToken]
+
+
+class Choice(BaseModel):
+    """One of the answers."""
+
+    text: str
+    logprobs: list[TokenLogprob] | None = Field(description="Of every token; null where they were not asked for.")
+
+
 class InferenceResponse(CompletionFacts):
     """An answer."""
 
-    response: str
+    response: str = Field(description="Of several answers, the first.")
+    choices: list[Choice] = Field(description="Every answer, `n` of them.")
 
 
 class HealthResponse(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -60,8 +61,10 @@ def generation_spec(body: schemas.GenerateDataRequest) -> generation_pb2.Generat
 def generation_input(model_id: str, body: schemas.InferenceRequest) -> inference_pb2.GenerationInput:
     """Raises ProblemError: 422 for a context that a Struct cannot hold exactly."""
     values = body.model_dump(
-        include={"max_tokens", "temperature", "top_p", "top_k", "stop", "seed"}, exclude_unset=True, exclude_none=True
+        exclude={"messages", "context", "json_schema", "stream"}, exclude_unset=True, exclude_none=True
     )
+    if body.json_schema is not None:
+        values["json_schema"] = json.dumps(body.json_schema)
     return inference_pb2.GenerationInput(
         model=model_name(model_id),
         messages=[inference_pb2.Message(role=item.role, content=item.content) for item in body.messages],

@@ -199,7 +199,7 @@ def test_dataset_and_model_survive_the_wire() -> None:
 @pytest.mark.parametrize(("model", "version"), [("base", None), ("assistant", 3)])
 def test_completion_survives_the_wire(model: str, version: int | None) -> None:
     completion = core.Completion(
-        finish_reason=core.FinishReason.LENGTH,
+        finish_reasons=(core.FinishReason.LENGTH, core.FinishReason.STOP),
         prompt_tokens=10,
         completion_tokens=20,
         model=model,

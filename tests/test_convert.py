@@ -218,6 +218,17 @@ def ask(**changes: Any) -> inference_pb2.GenerationInput:
         ({"stop": ["a"] * 9}, "input.stop"),
         ({"stop": [""]}, "input.stop[0]"),
         ({"seed": -1}, "input.seed"),
+        ({"min_p": 1.1}, "input.min_p"),
+        ({"repetition_penalty": 0}, "input.repetition_penalty"),
+        ({"presence_penalty": -2.1}, "input.presence_penalty"),
+        ({"frequency_penalty": 2.1}, "input.frequency_penalty"),
+        ({"json_schema": ""}, "input.json_schema"),
+        ({"regex": "x" * 4097}, "input.regex"),
+        ({"regex": "x", "json_schema": "{}"}, "input"),
+        ({"n": 9}, "input.n"),
+        ({"n": 2, "temperature": 0}, "input"),
+        ({"top_logprobs": 1}, "input"),
+        ({"top_logprobs": 21, "logprobs": True}, "input.top_logprobs"),
     ],
 )
 def test_a_bad_question_names_the_field(changes: dict[str, Any], field: str) -> None:

@@ -345,6 +345,31 @@ def test_an_answer_and_its_stream_are_the_same(ready: httpx2.Client, published: 
     assert len({answers["base"], answers["shop:1"], answers["shop:2"]}) == 3
 
 
+def test_answers_take_a_form_come_in_numbers_and_tell_their_tokens(ready: httpx2.Client) -> None:
+    schema = {"type": "object", "properties": {"b": {"enum": [1, 2]}, "a": {"enum": ["x"]}}, "required": ["b", "a"]}
+    body = ASK | {"temperature": 1, "seed": 4, "n": 3, "json_schema": schema | {"additionalProperties": False}}
+    body |= {"logprobs": True, "top_logprobs": 2}
+    answer = ready.post("/api/v1/models/base/inference", json=body)
+    assert answer.status_code == 200, answer.text
+    whole = answer.json()
+    assert whole["response"] == whole["choices"][0]["text"]
+    assert whole["finish_reasons"] == ["stop"] * 3
+    assert sum(len(choice["logprobs"]) for choice in whole["choices"]) == whole["completion_tokens"]
+    for choice in whole["choices"]:
+        assert list(json.loads(choice["text"])) == ["b", "a"]
+        assert b"".join(bytes(token["bytes"]) for token in choice["logprobs"]).decode().startswith(choice["text"])
+    stream = ready.post("/api/v1/models/base/inference", json=body | {"stream": True})
+    *deltas, facts = [json.loads(frame["data"]) for frame in frames(stream.text)]
+    for number, choice in enumerate(whole["choices"]):
+        own = [delta for delta in deltas if delta.get("choice", 0) == number]
+        assert "".join(delta["text"] for delta in own) == choice["text"]
+        assert [told for delta in own for told in delta["logprobs"]] == choice["logprobs"]
+    assert facts["finish_reasons"] == whole["finish_reasons"]
+    answer = ready.post("/api/v1/models/base/inference", json=ASK | {"regex": "(?=a)b"})
+    assert (answer.status_code, answer.json()["reason"]) == (400, "SPEC_INVALID")
+    assert "regex" in answer.text
+
+
 def test_models_are_listed_as_the_first_release_did(ready: httpx2.Client, published: None) -> None:
     (model,) = [item for item in ready.get("/api/v1/models").json() if item["id"] == "shop"]
     assert model["performance"]["perplexity"] == pytest.approx(1.6487, abs=1e-3)

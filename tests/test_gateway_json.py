@@ -251,6 +251,7 @@ def test_performance_is_measured_or_null() -> None:
 def test_an_answers_facts() -> None:
     completion = inference_pb2.Completion(
         finish_reason=inference_pb2.FINISH_REASON_LENGTH,
+        finish_reasons=[inference_pb2.FINISH_REASON_LENGTH, inference_pb2.FINISH_REASON_STOP],
         usage=inference_pb2.Usage(prompt_tokens=30, completion_tokens=5),
         model="models/m/versions/2",
         digest="sha256:ab",
@@ -258,4 +259,5 @@ def test_an_answers_facts() -> None:
     completion.total_time.FromMicroseconds(1_234_560)
     facts = original.completion_facts(completion)
     assert (facts.model_used, facts.tokens_used, facts.finish_reason) == ("m:2", 35, "length")
+    assert facts.finish_reasons == ["length", "stop"]
     assert facts.processing_time_ms == 1234.6

@@ -32,8 +32,13 @@ Connect = Callable[..., Any]
 @pytest.fixture
 async def server() -> AsyncIterator[ScriptedServer]:
     async with scripted_server() as scripted:
-        completion = inference_pb2.Completion(finish_reason=inference_pb2.FINISH_REASON_STOP, model="base")
-        scripted.script["Generate"] = inference_pb2.GenerateResponse(text="This one.", completion=completion)
+        stop = inference_pb2.FINISH_REASON_STOP
+        completion = inference_pb2.Completion(finish_reason=stop, model="base", finish_reasons=[stop])
+        likely = inference_pb2.TokenLogprob(token_id=7, bytes=b"T", token="T", logprob=-0.5)
+        choice = inference_pb2.Choice(text="This one.", logprobs=[likely])
+        scripted.script["Generate"] = inference_pb2.GenerateResponse(
+            text="This one.", completion=completion, choices=[choice]
+        )
         job = jobs_pb2.Job(name="jobs/j", state=jobs_pb2.JOB_STATE_QUEUED, create_time=Timestamp(seconds=1))
         scripted.script["GetJob"] = jobs_pb2.GetJobResponse(job=job)
         scripted.script["CancelJob"] = jobs_pb2.CancelJobResponse(job=job)
@@ -291,6 +296,8 @@ async def test_inference_addresses_models(
 async def test_inference_passes_every_field_on(server: ScriptedServer, client: httpx2.AsyncClient) -> None:
     products = [{"name": "Kettle", "price": 19.9, "store": "A", "rating": None, "tags": ["x", {"deep": True}]}]
     settings = {"max_tokens": 5, "temperature": 0, "top_p": 1, "top_k": 4, "stop": ["."], "seed": 2**63 - 1}
+    settings |= {"min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": -1, "frequency_penalty": 2, "regex": "x"}
+    settings |= {"n": 1, "logprobs": True, "top_logprobs": 3}
     context = {"products": products, "criteria": "cheap", "n": 2**53}
     answer = await client.post("/api/v1/models/base/inference", json=ASK | settings | {"context": context})
     assert answer.status_code == 200
@@ -303,11 +310,22 @@ async def test_inference_passes_every_field_on(server: ScriptedServer, client: h
         "tokens_used": 0,
         "processing_time_ms": 0.0,
         "finish_reason": "stop",
+        "finish_reasons": ["stop"],
         "prompt_tokens": 0,
         "completion_tokens": 0,
         "time_to_first_token_ms": 0.0,
         "digest": "",
+        "choices": [
+            {
+                "text": "This one.",
+                "logprobs": [{"token_id": 7, "token": "T", "bytes": [84], "logprob": -0.5, "top": []}],
+            }
+        ],
     }
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    answer = await client.post("/api/v1/models/base/inference", json=ASK | {"json_schema": schema})
+    assert answer.json()["choices"][0]["logprobs"] is None
+    assert sent(server)["input"]["json_schema"] == json.dumps(schema), "the order of properties is kept"
 
 
 @pytest.mark.parametrize(

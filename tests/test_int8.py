@@ -349,6 +349,23 @@ def test_guesses_save_steps_and_change_nothing(tiny: tuple[Path, modeling.PreTra
         assert steps[1] < steps[0]
 
 
+def test_what_a_form_leaves_no_choice_of_is_guessed(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
+    schema = {"type": "object", "properties": {"availability": {"type": "boolean"}}, "required": ["availability"]}
+    texts, steps = [], []
+    for num_drafts in (0, 6):
+        scheduler, model = schedule(tiny)
+        model.num_drafts = num_drafts
+        sampling = SamplingParams(
+            max_tokens=60, temperature=0, json_schema=json.dumps(schema | {"additionalProperties": False})
+        )
+        scheduler.submit((1, 1), EngineRequest(TOKENS, sampling, []), 0.0, scheduler.grammars.compile(sampling))
+        texts.append("".join(output.text for output in until_done(scheduler)))
+        steps.append(scheduler.num_steps)
+    assert texts[0] == texts[1]
+    assert list(json.loads(texts[0])) == ["availability"]
+    assert steps[1] < steps[0] / 2
+
+
 def test_what_is_aborted_while_a_step_is_told_leaves_its_room(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
     scheduler, model = schedule(tiny)
     for number in range(4):
@@ -390,10 +407,12 @@ def test_without_a_setting_a_whole_context_fits(
 def schedule(tiny: tuple[Path, modeling.PreTrainedModel], cache_bytes: int = CACHE_BYTES) -> tuple[Any, Int8Model]:
     from tokenizers import Tokenizer
 
+    from knowledge_engine.inference.grammar import Grammars
     from knowledge_engine.inference.scheduler import Scheduler
 
     model = serve(tiny[1], cache_bytes)
-    return Scheduler(model, Tokenizer.from_file(str(tiny[0] / "tokenizer.json")), CONTEXT, 4), model
+    tokenizer = Tokenizer.from_file(str(tiny[0] / "tokenizer.json"))
+    return Scheduler(model, tokenizer, Grammars(tokenizer, VOCABULARY, [0, 2]), CONTEXT, 4), model
 
 
 def until_done(scheduler: Any) -> Iterator[Any]:

@@ -6,6 +6,7 @@ a model is addressed as `base`, `x` (its newest version) or `x:3`. Knows nothing
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
@@ -33,6 +34,7 @@ from knowledge_engine.client_convert import (
     model_from_proto,
     model_resource,
     previewed_row_from_proto,
+    token_logprob_from_proto,
     training_spec_to_proto,
     version_from_proto,
     version_resource,
@@ -54,6 +56,7 @@ from knowledge_engine.core import (
     PreviewedRow,
     Service,
     ServiceState,
+    TokenLogprob,
     TrainingSpec,
     Truncation,
 )
@@ -86,13 +89,24 @@ Messages = str | Sequence[Message | Mapping[str, str]]
 """A question, or a whole conversation."""
 
 
+class Choice(NamedTuple):
+    """One of the answers to a question; `logprobs` has every token where they are asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
 class Answer(NamedTuple):
+    """`text` is that of the first of the `n` choices."""
+
     text: str
     completion: Completion
+    choices: tuple[Choice, ...]
 
 
 class AnswerStream:
-    """An answer as it comes: iterate for its pieces of text; `completion` is set once they have ended.
+    """An answer as it comes: iterate for its pieces of text; `completion` is set once they have ended, and `logprobs`
+    has the tokens so far where they are asked for.
 
     Closing it, or leaving its `with`, cancels the call, and the service stops decoding.
     """
@@ -101,13 +115,16 @@ class AnswerStream:
         self._call = call
         self._error = error
         self.completion: Completion | None = None
+        self.logprobs: list[TokenLogprob] = []
 
     def __iter__(self) -> Iterator[str]:
         try:
             for response in self._call:
                 if response.WhichOneof("payload") == "completion":
                     self.completion = completion_from_proto(response.completion)
-                else:
+                    continue
+                self.logprobs += map(token_logprob_from_proto, response.logprobs)
+                if response.text_delta:
                     yield response.text_delta
         except grpc.RpcError as error:
             raise self._error(error) from None
@@ -371,20 +388,27 @@ class Client:
     ) -> Answer:
         """One whole answer of `model` to `messages`.
 
-        `options` are the contract's: `context`, `max_tokens`, `temperature`, `top_p`, `top_k`, `stop`, `seed`; what
-        is left out or None takes the server's default. Passing `timeout_seconds` stops the decoding.
+        `options` are the contract's: `context`, `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`,
+        `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `stop`, `seed`, `json_schema` (a dict, or its
+        text), `regex`, `logprobs`, `top_logprobs`, `n`; what is left out or None takes the server's default. Passing
+        `timeout_seconds` stops the decoding.
         """
         request = inference_pb2.GenerateRequest(input=_generation_input(model, messages, options))
         try:
             response = self._inference.Generate(request, metadata=self._metadata, timeout=timeout_seconds)
         except grpc.RpcError as error:
             raise self._error(error) from None
-        return Answer(response.text, completion_from_proto(response.completion))
+        choices = tuple(
+            Choice(choice.text, tuple(map(token_logprob_from_proto, choice.logprobs))) for choice in response.choices
+        )
+        return Answer(response.text, completion_from_proto(response.completion), choices)
 
     def stream_generate(
         self, model: str, messages: Messages, *, timeout_seconds: float | None = None, **options: Any
     ) -> AnswerStream:
-        """The same, piece by piece."""
+        """The same, piece by piece, of one answer."""
+        if options.get("n") not in (None, 1):
+            raise TypeError("a stream is of one answer; generate() gives n of them")
         request = inference_pb2.StreamGenerateRequest(input=_generation_input(model, messages, options))
         call = self._inference.StreamGenerate(request, metadata=self._metadata, timeout=timeout_seconds)
         return AnswerStream(call, self._error)
@@ -452,7 +476,7 @@ def _chunks(content: BinaryIO | bytes) -> Iterable[bytes]:
     return iter(lambda: content.read(UPLOAD_CHUNK_BYTES), b"")
 
 
-_OPTIONS = frozenset({"context", "max_tokens", "temperature", "top_p", "top_k", "stop", "seed"})
+_OPTIONS = frozenset(inference_pb2.GenerationInput.DESCRIPTOR.fields_by_name) - {"model", "messages"}
 
 
 def _generation_input(model: str, messages: Messages, options: Mapping[str, Any]) -> inference_pb2.GenerationInput:
@@ -463,6 +487,8 @@ def _generation_input(model: str, messages: Messages, options: Mapping[str, Any]
     if (context := values.pop("context", None)) is not None:
         values["context"] = Struct()
         values["context"].update(context)
+    if isinstance(schema := values.get("json_schema"), Mapping):
+        values["json_schema"] = json.dumps(schema)
     try:
         return inference_pb2.GenerationInput(
             model=model_resource(model),

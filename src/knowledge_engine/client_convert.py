@@ -389,9 +389,9 @@ def export_from_proto(export: models_pb2.Export) -> Export:
 
 def completion_from_proto(completion: inference_pb2.Completion) -> core.Completion:
     model, version = _model_and_version(completion.model)
-    reason = inference_pb2.FinishReason.Name(completion.finish_reason)
+    reasons = map(inference_pb2.FinishReason.Name, completion.finish_reasons)
     return core.Completion(
-        finish_reason=core.FinishReason(reason.removeprefix("FINISH_REASON_").lower()),
+        finish_reasons=tuple(core.FinishReason(reason.removeprefix("FINISH_REASON_").lower()) for reason in reasons),
         prompt_tokens=completion.usage.prompt_tokens,
         completion_tokens=completion.usage.completion_tokens,
         model=model,
@@ -400,6 +400,10 @@ def completion_from_proto(completion: inference_pb2.Completion) -> core.Completi
         time_to_first_token_seconds=_seconds(completion.time_to_first_token),
         total_seconds=_seconds(completion.total_time),
     )
+
+
+def token_logprob_from_proto(told: inference_pb2.TokenLogprob) -> core.TokenLogprob:
+    return core.TokenLogprob(told.token_id, told.bytes, told.logprob, tuple(map(token_logprob_from_proto, told.top)))
 
 
 def _time(timestamp: Timestamp) -> datetime:

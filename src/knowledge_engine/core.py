@@ -22,6 +22,10 @@ BASE = "base"
 
 MAX_SEED = 2**32 - 1
 MAX_MESSAGES = 200
+MAX_CHOICES = 8
+"""Answers to one question: each takes a place among those under way."""
+MAX_SCHEMA_CHARACTERS = 65_536
+MAX_REGEX_CHARACTERS = 4_096
 MAX_UPLOAD_BYTES = 2 * 2**30
 MAX_QUEUED_JOBS = 64
 
@@ -617,13 +621,31 @@ class Turn(Message):
 
 
 class _Sampling(_Frozen):
-    """How the next token is chosen; `temperature` 0 is greedy, `top_k` 0 considers all tokens."""
+    """How the next token is chosen (`inference/sampling.py` has the formulas), of what form the answer is, and what is
+    told of it. `temperature` 0 is greedy, `top_k` 0 considers all tokens; `json_schema` is JSON text, as its properties
+    have an order."""
 
     temperature: float = Field(default=0.7, ge=0, le=2)
     top_p: float = Field(default=0.9, ge=0, le=1)
     top_k: int = Field(default=0, ge=0, le=1_000_000)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...] = Field(default=(), max_length=8)
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    json_schema: str | None = Field(default=None, min_length=1, max_length=MAX_SCHEMA_CHARACTERS)
+    regex: str | None = Field(default=None, min_length=1, max_length=MAX_REGEX_CHARACTERS)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.json_schema is not None and self.regex is not None:
+            raise ValueError("an answer takes the form of json_schema or of regex, not of both")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        return self
 
 
 class SamplingParams(_Sampling):
@@ -640,9 +662,12 @@ class GenerationInput(_Sampling):
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
     context: dict[str, Any] | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=131_072)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("n answers at temperature 0 would all be the same")
         if any(message.role == "system" for message in self.messages[1:]):
             raise ValueError("only the first message may be a system message")
         if self.messages[-1].role != "user":
@@ -655,10 +680,21 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
-class Completion(_Frozen):
-    """The facts of an answer. Times in seconds from the server's receipt of the request."""
+class TokenLogprob(NamedTuple):
+    """A token and the natural logarithm of the probability that the model itself gave it: before temperature, penalties
+    and form. `top` holds the likeliest in its place."""
 
-    finish_reason: FinishReason
+    token_id: int
+    text_bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class Completion(_Frozen):
+    """The facts of an answer, or of several to one question. `finish_reasons` has one for each, `completion_tokens`
+    counts those of all. Times in seconds from the server's receipt of the request."""
+
+    finish_reasons: tuple[FinishReason, ...]
     prompt_tokens: int
     completion_tokens: int
     model: Name

@@ -13,6 +13,7 @@ from knowledge_engine.cli.output import JsonOption, ServerOption, connect, plain
 
 if TYPE_CHECKING:
     from knowledge_engine.client import Client
+    from knowledge_engine.core import TokenLogprob
 
 
 def chat(
@@ -29,19 +30,40 @@ def chat(
     top_k: Annotated[int | None, typer.Option(help="Only the likeliest tokens; 0 takes all.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Only tokens this share as likely as the likeliest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer words said before.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Above 0: fewer words of this answer.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A JSON file: the schema of the answer.", exists=True, dir_okay=False)
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The expression that the answer matches.")] = None,
+    top_logprobs: Annotated[
+        int | None, typer.Option(help="With --json: how likely each token was, and others.")
+    ] = None,
     json: JsonOption = False,
     server: ServerOption = None,
 ) -> None:
     """Talk to a model. Ctrl-C cancels the answer; with --json one piece a line, the facts last."""
     options = {
-        "context": _read_context(context),
+        "context": _read_object("--context", context),
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
         "stop": stop or None,
         "seed": seed,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "json_schema": _read_object("--json-schema", json_schema),
+        "regex": regex,
+        "logprobs": True if top_logprobs is not None else None,
+        "top_logprobs": top_logprobs,
     }
+    if top_logprobs is not None and not json:
+        raise typer.BadParameter("--top-logprobs needs --json")
     turns = [{"role": "system", "content": system}] if system else []
     with connect(server) as client:
         if message is not None:
@@ -68,11 +90,19 @@ def _answer(
             else:
                 typer.echo(piece, nl=False)
                 sys.stdout.flush()
+    if as_json and stream.logprobs:
+        print_json({"logprobs": [_plain_logprob(told) for told in stream.logprobs]})
     if as_json and stream.completion is not None:
         print_json({"completion": plain(stream.completion)})
     elif not as_json:
         typer.echo()
     return "".join(pieces)
+
+
+def _plain_logprob(told: TokenLogprob) -> dict[str, Any]:
+    token = told.text_bytes.decode(errors="replace")
+    plain_top = {"top": [_plain_logprob(other) for other in told.top]} if told.top else {}
+    return {"token_id": told.token_id, "token": token, "logprob": told.logprob} | plain_top
 
 
 def _read_question() -> str | None:
@@ -87,13 +117,13 @@ def _read_question() -> str | None:
     return line.strip()
 
 
-def _read_context(path: Path | None) -> dict[str, Any] | None:
+def _read_object(option: str, path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        context = jsonlib.loads(path.read_text(encoding="utf-8"))
+        value = jsonlib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise typer.BadParameter(f"--context {path} is not JSON: {error}") from None
-    if not isinstance(context, dict):
-        raise typer.BadParameter(f"--context {path} must hold one JSON object")
-    return context
+        raise typer.BadParameter(f"{option} {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{option} {path} must hold one JSON object")
+    return value

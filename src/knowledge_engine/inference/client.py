@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from knowledge_engine.core import FinishReason
+from knowledge_engine.core import FinishReason, TokenLogprob
 from knowledge_engine.errors import KnowledgeEngineError, Reason, UpstreamError, from_dict
 from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
@@ -85,7 +86,8 @@ class EngineClient:
         self._path = socket_path
         self._status = EngineStatus(state="down", detail="not connected yet")
         self._writer: asyncio.StreamWriter | None = None
-        self._requests: dict[int, asyncio.Queue[TextDelta | Finished | KnowledgeEngineError]] = {}
+        self._requests: dict[int, tuple[asyncio.Queue[TextDelta | Finished | KnowledgeEngineError], int]] = {}
+        """Where the outputs of each go, and which of the answers asked for there it is."""
         self._status_waiters: list[asyncio.Future[EngineStatus]] = []
         self._last_words = ""  # why the engine gave up, as far as it said so
         self._next_id = 0
@@ -117,8 +119,9 @@ class EngineClient:
         self._writer.write(pack(Ping()))
         return await waiter
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TextDelta | Finished, None]:
-        """The answer's text as it comes, then `Finished`. Closing the iterator aborts within one step.
+    async def generate(self, request: EngineRequest, n: int = 1) -> AsyncGenerator[TextDelta | Finished, None]:
+        """The text of `n` answers as it comes, and a `Finished` for each. Closing the iterator aborts within one step,
+        and if one fails, all do. With a seed each answer has its own, the first the one that is given.
 
         Raises:
             UpstreamError: ENGINE_UNAVAILABLE, BASE_MODEL_LOADING.
@@ -127,23 +130,26 @@ class EngineClient:
             IntegrityError: the adapter cannot be loaded.
         """
         writer = self._ready_writer()
-        self._next_id += 1
-        number = self._next_id
+        first = self._next_id + 1
+        self._next_id += n
         queue: asyncio.Queue[TextDelta | Finished | KnowledgeEngineError] = asyncio.Queue()
-        self._requests[number] = queue
-        ended = False
+        going_on = dict.fromkeys(range(n))
         try:
-            writer.write(pack(Generate(id=number, request=request)))
-            while not ended:
+            for choice in going_on:
+                self._requests[first + choice] = queue, choice
+                writer.write(pack(Generate(id=first + choice, request=_of_choice(request, choice))))
+            while going_on:
                 item = await queue.get()
-                ended = not isinstance(item, TextDelta)
                 if isinstance(item, KnowledgeEngineError):
                     raise item
+                if isinstance(item, Finished):
+                    del self._requests[first + item.choice], going_on[item.choice]
                 yield item
         finally:
-            self._requests.pop(number, None)
-            if not ended and self._writer is writer:
-                writer.write(pack(Abort(id=number)))
+            for choice in going_on:
+                self._requests.pop(first + choice, None)
+                if self._writer is writer:
+                    writer.write(pack(Abort(id=first + choice)))
 
     async def unload(self, digest: str) -> None:
         """Tells the engine to forget an adapter once no answer uses it. Without a connection there is none to tell:
@@ -218,9 +224,9 @@ class EngineClient:
     def _receive(self, frame: dict[str, Any]) -> None:
         kind = frame.pop("type", None)
         if kind == "step":
-            for number, text, finished, error in frame["outputs"]:
-                if (queue := self._requests.get(number)) is not None:
-                    _put(queue, text, finished, error)
+            for number, *output in frame["outputs"]:
+                if (known := self._requests.get(number)) is not None:
+                    _put(*known, *output)
         elif kind == "status":
             self._set_status(frame)
         else:
@@ -249,23 +255,39 @@ class EngineClient:
         self._fail_requests()
 
     def _fail_requests(self) -> None:
-        for queue in self._requests.values():
+        for queue, _ in self._requests.values():
             queue.put_nowait(_unavailable(self._status.detail))
+
+
+def _of_choice(request: EngineRequest, choice: int) -> EngineRequest:
+    """Seeds far apart: those of the next question may well be the next ones."""
+    sampling = request.sampling
+    if not choice or sampling.seed is None:
+        return request
+    seed = int.from_bytes(hashlib.blake2b(f"{sampling.seed} {choice}".encode(), digest_size=8).digest()) >> 1
+    return dataclasses.replace(request, sampling=sampling.model_copy(update={"seed": seed}))
 
 
 def _put(
     queue: asyncio.Queue[TextDelta | Finished | KnowledgeEngineError],
+    choice: int,
     text: str,
     finished: list[Any] | None,
     error: dict[str, Any] | None,
+    logprobs: list[Any],
 ) -> None:
-    if text:
-        queue.put_nowait(TextDelta(text))
+    if text or logprobs:
+        queue.put_nowait(TextDelta(text, tuple(map(_logprob, logprobs)), choice))
     if finished is not None:
-        reason, prompt_tokens, completion_tokens, seconds = finished
-        queue.put_nowait(Finished(FinishReason(reason), prompt_tokens, completion_tokens, seconds))
+        reason, prompt_tokens, completion_tokens, seconds, _ = finished
+        queue.put_nowait(Finished(FinishReason(reason), prompt_tokens, completion_tokens, seconds, choice))
     if error is not None:
         queue.put_nowait(from_dict(error))
+
+
+def _logprob(told: list[Any]) -> TokenLogprob:
+    token_id, text_bytes, logprob, top = told
+    return TokenLogprob(token_id, text_bytes, logprob, tuple(map(_logprob, top)))
 
 
 def _unavailable(detail: str) -> UpstreamError:

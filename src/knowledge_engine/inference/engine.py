@@ -25,6 +25,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from knowledge_engine.inference.lease import MemoryLease
 from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
     Abort,
+    EngineRequest,
     EngineStatus,
     FrameError,
     Generate,
@@ -83,6 +85,8 @@ class Engine:
         self._scheduler: Scheduler | None = None  # set once the model is ready; called only in its thread
         self._connections: dict[int, asyncio.StreamWriter] = {}
         self._requests: set[Key] = set()
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+        self._forming: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         self._last_report = 0.0
         self._lease = MemoryLease(settings)
@@ -172,11 +176,30 @@ class Engine:
             scheduler = self._ready_scheduler()
             scheduler.check(frame.request)
         except KnowledgeEngineError as error:
-            self._send(key[0], {"type": "step", "outputs": [[key[1], "", None, error.to_dict()]]})
+            self._refuse(key, error)
             return
         self._requests.add(key)
         receive_time = time.monotonic()
-        self._commands.put(lambda scheduler: scheduler.submit(key, frame.request, receive_time))
+        if frame.request.sampling.json_schema is None and frame.request.sampling.regex is None:
+            self._commands.put(lambda scheduler: scheduler.submit(key, frame.request, receive_time))
+        else:
+            forming = self._loop.create_task(self._submit_formed(scheduler, key, frame.request, receive_time))
+            self._forming.add(forming)  # the loop itself keeps no hold of it
+            forming.add_done_callback(self._forming.discard)
+
+    async def _submit_formed(self, scheduler: Scheduler, key: Key, request: EngineRequest, receive_time: float) -> None:
+        """Compiles the answer's form first, where that holds up nobody."""
+        try:
+            matcher = await self._loop.run_in_executor(self._compiler, scheduler.grammars.compile, request.sampling)
+        except KnowledgeEngineError as error:
+            self._requests.discard(key)
+            self._refuse(key, error)
+            return
+        if key in self._requests:  # else aborted meanwhile
+            self._commands.put(lambda scheduler: scheduler.submit(key, request, receive_time, matcher))
+
+    def _refuse(self, key: Key, error: KnowledgeEngineError) -> None:
+        self._send(key[0], {"type": "step", "outputs": [[key[1], "", None, error.to_dict(), ()]]})
 
     def _ready_scheduler(self) -> Scheduler:
         if self._scheduler is None:
@@ -229,6 +252,7 @@ class Engine:
                     output.text,
                     list(asdict(finished).values()) if finished is not None else None,
                     error.to_dict() if error is not None else None,
+                    output.logprobs,
                 ]
             )
         for number, entries in frames.items():
@@ -296,6 +320,7 @@ class Engine:
         import torch
 
         from knowledge_engine import modeling
+        from knowledge_engine.inference.grammar import Grammars
         from knowledge_engine.inference.scheduler import Model, Scheduler
         from knowledge_engine.text import ChatText
 
@@ -325,8 +350,9 @@ class Engine:
 
             model = PlainModel(loaded, settings.adapter_cache_bytes)
         del loaded
-        tokenizer = ChatText.load(base).tokenizer
-        scheduler = Scheduler(model, tokenizer, base.context_length, settings.max_active_streams)
+        text = ChatText.load(base)
+        grammars = Grammars(text.tokenizer, model.vocabulary_size, text.stop_token_ids)
+        scheduler = Scheduler(model, text.tokenizer, grammars, base.context_length, settings.max_active_streams)
         return scheduler, EngineStatus(
             state="ready",
             detail=self._origin,
@@ -370,7 +396,7 @@ class Engine:
                 return
             outputs = []
             for output in scheduler.step():
-                if output.text or output.finished is not None or output.error is not None:
+                if output.text or output.logprobs or output.finished is not None or output.error is not None:
                     outputs.append(output)
                 if not self._take_commands(scheduler, wait=False):
                     return

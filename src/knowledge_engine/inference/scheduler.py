@@ -7,20 +7,21 @@ which only read. Knows nothing of sockets, and of a model only what `Model` says
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
 
-from knowledge_engine.core import FinishReason, SamplingParams
+from knowledge_engine.core import FinishReason, TokenLogprob
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.detokenize import Detokenizer
 from knowledge_engine.inference.drafts import Drafts
+from knowledge_engine.inference.grammar import Grammars, Matcher
+from knowledge_engine.inference.sampling import Sampler
 from knowledge_engine.inference.wire import EngineRequest, Finished
 
 Key = tuple[int, int]
@@ -72,6 +73,7 @@ class Output:
 
     key: Key
     text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
     finished: Finished | None = None
     error: KnowledgeEngineError | None = None
 
@@ -79,7 +81,9 @@ class Output:
 class Sequence:
     """One answer in the making."""
 
-    def __init__(self, key: Key, request: EngineRequest, receive_time: float, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, key: Key, request: EngineRequest, receive_time: float, tokenizer: Tokenizer, sampler: Sampler
+    ) -> None:
         self.key = key
         self.request = request
         self.sampling = request.sampling
@@ -89,11 +93,7 @@ class Sequence:
         """Tokens that the model has seen; their keys and values are kept."""
         self.place: Any = None
         self.drafts = Drafts()
-        self.generator = torch.Generator()
-        if request.sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(request.sampling.seed)
+        self.sampler = sampler
         self.num_steps = 0
         self._detokenizer = Detokenizer(tokenizer, request.sampling.stop)
         self._num_prompt_tokens = len(request.prompt_token_ids)
@@ -121,7 +121,8 @@ class Sequence:
             self._first_token_seconds = time.monotonic() - self._receive_time
         is_last = token in self.stop_token_ids
         text = "" if is_last else self._detokenizer.push(token)
-        reason = FinishReason.STOP if is_last or self._detokenizer.stopped else None
+        is_over = is_last or self._detokenizer.stopped or self.sampler.is_complete
+        reason = FinishReason.STOP if is_over else None
         if reason is None and self.num_tokens == self.sampling.max_tokens:
             reason = FinishReason.LENGTH
         if reason is None:
@@ -130,15 +131,25 @@ class Sequence:
         if self._detokenizer.stopped:  # by what was held back
             reason = FinishReason.STOP
         finished = Finished(reason, self._num_prompt_tokens, self.num_tokens, self._first_token_seconds)
-        return Output(self.key, text, finished)
+        return Output(self.key, text, finished=finished)
+
+    def guess(self, most: int) -> list[int]:
+        """Up to `most` tokens that may be the next ones."""
+        most = min(most, self.sampling.max_tokens - self.num_tokens - 1)
+        if most <= 0:
+            return []
+        return self.sampler.forced()[:most] or self.drafts.guess(self.tokens, most)
 
 
 class Scheduler:
     """Takes up to `max_active` sequences forward together; the rest wait in the order they came."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, context_length: int, max_active: int) -> None:
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, grammars: Grammars, context_length: int, max_active: int
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self.grammars = grammars
         self._context_length = context_length
         self._max_active = max_active
         self._active: dict[Key, Sequence] = {}
@@ -191,9 +202,12 @@ class Scheduler:
                 context_length=limit,
             )
 
-    def submit(self, key: Key, request: EngineRequest, receive_time: float) -> None:
-        """Puts a checked request at the end of the line; `receive_time` is `time.monotonic()`."""
-        self._waiting[key] = Sequence(key, request, receive_time, self._tokenizer)
+    def submit(self, key: Key, request: EngineRequest, receive_time: float, matcher: Matcher | None = None) -> None:
+        """Puts a checked request at the end of the line; `receive_time` is `time.monotonic()`, `matcher` the compiled
+        form of its answer."""
+        prompt, vocabulary_size = request.prompt_token_ids, self._model.vocabulary_size
+        sampler = Sampler(request.sampling, prompt, vocabulary_size, matcher, self.grammars.bytes_of)
+        self._waiting[key] = Sequence(key, request, receive_time, self._tokenizer, sampler)
 
     def steps_of(self, key: Key) -> int:
         """Steps this sequence has completed; 0 when it has not begun or is over."""
@@ -248,8 +262,7 @@ class Scheduler:
         num_drafts = self._model.num_drafts // len(answering) if answering else 0
         planned = []
         for sequence in answering:
-            most = min(num_drafts, sequence.sampling.max_tokens - sequence.num_tokens - 1)
-            token_ids = [sequence.tokens[-1], *sequence.drafts.guess(sequence.tokens, most)]
+            token_ids = [sequence.tokens[-1], *sequence.guess(num_drafts)]
             planned.append((sequence, token_ids, len(token_ids)))
         room = self._model.step_tokens if answering else max(self._model.step_tokens, self._model.piece_tokens)
         for sequence in self._active.values():
@@ -282,48 +295,22 @@ class Scheduler:
             return Output(sequence.key)
         guessed = token_ids[len(token_ids) - len(logits) + 1 :]
         sequence.num_read += len(token_ids) - len(guessed)
-        text = ""
-        for row, guess in zip(logits, [*guessed, None], strict=True):
-            token = choose_token(row, sequence.sampling, sequence.generator)
+        text, logprobs = "", []
+        for row, guess in zip(logits.to("cpu", torch.float32).numpy(), [*guessed, None], strict=True):
+            token, logprob = sequence.sampler.choose(row)
             output = sequence.add(token)
             text += output.text
+            if logprob is not None:
+                logprobs.append(logprob)
             if output.finished is not None or token != guess:
                 break
             sequence.num_read += 1
-        return Output(sequence.key, text, output.finished)
+        return replace(output, text=text, logprobs=tuple(logprobs))
 
     def _end(self, sequence: Sequence) -> None:
         if self._active.pop(sequence.key, None) is not None:
             self._model.close(sequence.place)
             sequence.place = None
-
-
-def choose_token(logits: torch.Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:
-    """The next token from logits (V,): temperature, then the `top_k` likeliest, then the nucleus of `top_p`
-    (Holtzman et al. 2019, arXiv 1904.09751), which always keeps the likeliest.
-
-    Raises:
-        KnowledgeEngineError: NON_FINITE.
-    """
-    best = int(logits.argmax())  # a NaN counts as the largest
-    if not math.isfinite(float(logits[best])):
-        raise KnowledgeEngineError("The model's logits are not finite.", reason=Reason.NON_FINITE)
-    if sampling.temperature == 0 or sampling.top_k == 1 or sampling.top_p == 0:
-        return best
-    # In double precision and from the largest logit down: a tiny temperature gives 0 and -inf, not NaN.
-    scaled = logits.to("cpu", torch.float64)
-    scaled = (scaled - scaled[best]) / sampling.temperature
-    tokens: torch.Tensor | None = None
-    if 0 < sampling.top_k < len(scaled):
-        scaled, tokens = scaled.topk(sampling.top_k)
-    elif sampling.top_p < 1:
-        scaled, tokens = scaled.sort(descending=True)
-    probabilities = scaled.softmax(0)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(0) - probabilities
-        probabilities[before >= sampling.top_p] = 0
-    position = int(torch.multinomial(probabilities, 1, generator=generator))
-    return position if tokens is None else int(tokens[position])
 
 
 def _as_ours(error: Exception) -> KnowledgeEngineError:

@@ -17,9 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgpack  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from knowledge_engine.core import FinishReason, SamplingParams
+from knowledge_engine.core import FinishReason, SamplingParams, TokenLogprob
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 8 * 2**20
 """A prompt of a million tokens is 5 MB; nothing honest is longer."""
 
@@ -58,20 +58,23 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next characters; whole code points, never empty."""
+    """The next characters of one of the answers: whole code points, and none only where `logprobs` come without any."""
 
     text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer. `completion_tokens` counts the end-of-turn token; the time runs from the engine's receipt
-    of the request to its first token, waiting included."""
+    """The end of one of the answers. `completion_tokens` counts the end-of-turn token; the time runs from the engine's
+    receipt of the request to its first token, waiting included."""
 
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     time_to_first_token_seconds: float
+    choice: int = 0
 
 
 @dataclass(frozen=True)

@@ -438,12 +438,23 @@ def version_name(model: str, version: int) -> str:
 
 def completion(facts: core.Completion) -> inference_pb2.Completion:
     return inference_pb2.Completion(
-        finish_reason=_FINISH_REASONS[facts.finish_reason],
+        finish_reason=_FINISH_REASONS[facts.finish_reasons[0]],
+        finish_reasons=[_FINISH_REASONS[reason] for reason in facts.finish_reasons],
         usage=inference_pb2.Usage(prompt_tokens=facts.prompt_tokens, completion_tokens=facts.completion_tokens),
         model=facts.model if facts.version is None else version_name(facts.model, facts.version),
         digest=facts.digest,
         time_to_first_token=_duration(facts.time_to_first_token_seconds),
         total_time=_duration(facts.total_seconds),
+    )
+
+
+def token_logprob(told: core.TokenLogprob) -> inference_pb2.TokenLogprob:
+    return inference_pb2.TokenLogprob(
+        token_id=told.token_id,
+        bytes=told.text_bytes,
+        token=told.text_bytes.decode(errors="replace"),
+        logprob=told.logprob,
+        top=map(token_logprob, told.top),
     )
 
 

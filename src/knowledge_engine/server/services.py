@@ -28,6 +28,7 @@ from knowledge_engine.errors import (
 from knowledge_engine.generation.chat_client import require_provider
 from knowledge_engine.generation.planner import Planner
 from knowledge_engine.inference.client import Adapter, EngineClient, EngineRequest, Finished, TextDelta
+from knowledge_engine.inference.grammar import check_form
 from knowledge_engine.jobs import Jobs, can_train
 from knowledge_engine.preview import preview_dataset, preview_row
 from knowledge_engine.registry import Registry
@@ -419,13 +420,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> inference_pb2.GenerateResponse:
-        response = inference_pb2.GenerateResponse()
-        async with aclosing(self._answer(convert.generation_input(request.input))) as pieces:
+        asked = convert.generation_input(request.input)
+        response = inference_pb2.GenerateResponse(choices=[inference_pb2.Choice() for _ in range(asked.n)])
+        async with aclosing(self._answer(asked)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, str):
-                    response.text += piece
+                if isinstance(piece, TextDelta):
+                    choice = response.choices[piece.choice]
+                    choice.text += piece.text
+                    choice.logprobs.extend(map(convert.token_logprob, piece.logprobs))
                 else:
                     response.completion.CopyFrom(convert.completion(piece))
+        response.text = response.choices[0].text
         return response
 
     async def StreamGenerate(  # noqa: N802
@@ -433,36 +438,42 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
         async with aclosing(self._answer(convert.generation_input(request.input))) as pieces:
             async for piece in pieces:
-                if isinstance(piece, str):
-                    yield inference_pb2.StreamGenerateResponse(text_delta=piece)
+                if isinstance(piece, TextDelta):
+                    yield inference_pb2.StreamGenerateResponse(
+                        text_delta=piece.text,
+                        choice=piece.choice,
+                        logprobs=map(convert.token_logprob, piece.logprobs),
+                    )
                 else:
                     yield inference_pb2.StreamGenerateResponse(completion=convert.completion(piece))
 
-    async def _answer(self, asked: core.GenerationInput) -> AsyncGenerator[str | core.Completion]:
+    async def _answer(self, asked: core.GenerationInput) -> AsyncGenerator[TextDelta | core.Completion]:
         """Text deltas, then the facts. Closing the iterator stops the decoding."""
         received = time.monotonic()
         answerer, request = await _in(self._threads, self._prepare, asked)
         if isinstance(answerer, core.ModelVersion):
             await self._verify(answerer)
         first: float | None = None
+        finished: dict[int, Finished] = {}
         try:
-            async with aclosing(self._engine.generate(request)) as pieces:
+            async with aclosing(self._engine.generate(request, asked.n)) as pieces:
                 async for piece in pieces:
                     now = time.monotonic() - received
-                    if isinstance(piece, TextDelta):
-                        first = now if first is None else first
-                        yield piece.text
-                    elif isinstance(piece, Finished):
-                        yield core.Completion(
-                            finish_reason=piece.finish_reason,
-                            prompt_tokens=piece.prompt_tokens,
-                            completion_tokens=piece.completion_tokens,
-                            model=asked.model,
-                            version=answerer.version if isinstance(answerer, core.ModelVersion) else None,
-                            digest=answerer.digest,
-                            time_to_first_token_seconds=now if first is None else first,
-                            total_seconds=now,
-                        )
+                    if isinstance(piece, Finished):
+                        finished[piece.choice] = piece
+                        continue
+                    first = now if first is None else first
+                    yield piece
+            yield core.Completion(
+                finish_reasons=tuple(finished[choice].finish_reason for choice in range(asked.n)),
+                prompt_tokens=len(request.prompt_token_ids),
+                completion_tokens=sum(piece.completion_tokens for piece in finished.values()),
+                model=asked.model,
+                version=answerer.version if isinstance(answerer, core.ModelVersion) else None,
+                digest=answerer.digest,
+                time_to_first_token_seconds=now if first is None else first,
+                total_seconds=now,
+            )
         except IntegrityError:
             self._verified.discard(answerer.digest)  # its files went after they were verified: look again next time
             raise
@@ -498,6 +509,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise _too_long(len(prompt), wanted, base.context_length)
         chosen = asked.model_dump(include=core.SamplingParams.model_fields.keys() - {"max_tokens"})
         sampling = core.SamplingParams(max_tokens=wanted, **chosen)
+        check_form(sampling, "input.")
         return version or base, EngineRequest(
             prompt_token_ids=prompt,
             sampling=sampling,

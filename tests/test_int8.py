@@ -15,7 +15,7 @@ from knowledge_engine import modeling
 from knowledge_engine.bases import Base, prepare_base
 from knowledge_engine.core import SamplingParams
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason
-from knowledge_engine.inference import int8
+from knowledge_engine.inference import int8, kernels
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.drafts import Drafts
 from knowledge_engine.inference.int8 import Int8Model, Int8Place
@@ -183,19 +183,41 @@ def test_numbers_that_are_not_finite_stay_seen(tmp_path: Path) -> None:
 def test_both_ways_to_multiply_are_one(
     tiny: tuple[Path, modeling.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the CPU has no VNNI, FBGEMM multiplies: the same whole numbers."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this torch has no FBGEMM")
+    """torch multiplies many rows where it does so without saturating, our kernel the others: the same whole numbers."""
     results = []
-    for is_exact in (modeling._has_exact_products(), False):
-        monkeypatch.setattr(modeling, "_has_exact_products", lambda is_exact=is_exact: is_exact)
+    for is_exact in (int8._has_exact_products(), False):
+        monkeypatch.setattr(int8, "_has_exact_products", lambda is_exact=is_exact: is_exact)
         model = serve(tiny[1])
         results += run(model, (opened(model, request(TOKENS)), 0, TOKENS, len(TOKENS)))
-        weight = modeling.Int8Weight(torch.linspace(-1, 1, 40 * 96).view(40, 96))
-        rows = torch.full((3, 96), 63, dtype=torch.int8)
-        whole = (weight.to_float() / weight.scales[:, None]).round().double()
-        assert torch.equal(weight.times(rows).double(), rows.double() @ whole.t())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(64, 384), (4096, 8), (100, 37), (30, 5), (2080, 12)])
+def test_products_are_exact_whatever_the_shape(num_inputs: int, num_outputs: int) -> None:
+    random_ = np.random.default_rng(0)
+    for num_rows in (1, 2, 4, 7, 30):
+        weight = random_.integers(-127, 128, (num_outputs, num_inputs), dtype=np.int8)
+        whole = random_.integers(-kernels.LEVELS, kernels.LEVELS + 1, (num_rows, num_inputs), dtype=np.int16)
+        weight[0], whole[0] = 127, kernels.LEVELS  # the largest sum there is
+        bias = random_.standard_normal(num_outputs if num_rows % 2 else 0).astype(np.float32)
+        units, scales = np.linspace(0.5, 2, num_rows), np.linspace(1, 3, num_outputs)
+        linear = kernels.Linear(weight, scales.astype(np.float32), bias)
+        sums = whole.astype(np.int64) @ weight.T.astype(np.int64)
+        expected = sums.astype(np.float32) * units.astype(np.float32)[:, None] * linear.scales
+        expected += bias if len(bias) else 0
+        y = np.full((num_rows, num_outputs), np.nan, np.float32)
+        kernels.multiply_rows(whole, linear, units.astype(np.float32), y)
+        assert np.allclose(y, expected, rtol=1e-6, atol=0 if not len(bias) else 1e-2)
+        joined = np.full_like(y, np.nan)
+        halves = np.empty((2 * num_rows, num_inputs), np.int8)
+        kernels.halve_rows(whole, halves)
+        kernels.join_rows(
+            (halves.astype(np.int64) @ weight.T.astype(np.int64)).astype(np.int32),
+            linear,
+            units.astype(np.float32),
+            joined,
+        )
+        assert np.array_equal(y, joined)
 
 
 def test_rounding_twice_is_rounding_once() -> None:
@@ -383,7 +405,7 @@ def test_what_is_aborted_while_a_step_is_told_leaves_its_room(tiny: tuple[Path, 
 
 
 def test_what_never_fits_is_refused_and_the_rest_waits_its_turn(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
-    scheduler, model = schedule(tiny, cache_bytes=2 * 4 * 2 * 32 * 4 * BLOCK_TOKENS)
+    scheduler, model = schedule(tiny, cache_bytes=2 * (2 * 16 + 4) * 2 * 2 * 4 * BLOCK_TOKENS)
     assert model.max_tokens == 4 * BLOCK_TOKENS
     with pytest.raises(InvalidSpecError, match=r"KNOWLEDGE_KV_CACHE_BYTES has room for, of 256\.") as refused:
         scheduler.check(request(TOKENS, max_tokens=107))

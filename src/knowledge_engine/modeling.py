@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def float_precision(device: str) -> str:
 
 def serving_precision(base: Base, device: str) -> str:
     """The precision answers and held-out losses are computed in: on a CPU `int8` for bases of Llama's shape."""
-    return INT8 if device == devices.CPU and has_int8() and _is_llama_shaped(base) else float_precision(device)
+    return INT8 if device == devices.CPU and _is_llama_shaped(base) else float_precision(device)
 
 
 def training_precision(device: str, *, use_qlora: bool) -> str:
@@ -178,59 +177,6 @@ def _round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _rounded(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (weight / scales[:, None]).round_().clamp_(-INT8_LEVELS, INT8_LEVELS)
-
-
-@cache
-def has_int8() -> bool:
-    """Whether this CPU multiplies whole numbers fast and without a mistake, by one way or the other."""
-    return _has_exact_products() or "fbgemm" in torch.backends.quantized.supported_engines
-
-
-@cache
-def _has_exact_products() -> bool:
-    """Whether `torch._int_mm` adds up without saturating, as it does not on CPUs before VNNI."""
-    if not _HAS_ONEDNN:
-        return False
-    weight = torch.full((64, 256), INT8_LEVELS, dtype=torch.int8)
-    for num_rows in (2, 64):
-        largest = torch.full((num_rows, 256), INT8_LEVELS // 2, dtype=torch.int8)
-        if (torch._int_mm(largest, weight.t()) != 256 * INT8_LEVELS * (INT8_LEVELS // 2)).any():
-            return False
-    return True
-
-
-class Int8Weight:
-    """A weight (O, I) for integer products, as `round_to_int8` has it. `plain` is the rounded weight, unless only
-    FBGEMM has it, in its own order."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        rounded, self.scales = round_to_int8(weight)
-        self.plain: torch.Tensor | None = None
-        self._packed: Any = None
-        if _has_exact_products():
-            self.plain = rounded
-        else:
-            zeros = torch.zeros(len(rounded), dtype=torch.int64)
-            ones = torch.ones(len(rounded), dtype=torch.float64)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # to go in a later torch
-                quantised = torch._make_per_channel_quantized_tensor(rounded, ones, zeros, 0)
-            self._packed = torch.ops.quantized.linear_prepack(quantised, None)
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """x (R, I) of int8 within -63 and 63 times the transpose of the rounded weight: (R, O), exact whole numbers in
-        int32 or, while they are below 2^24, in float32."""
-        if self.plain is not None:
-            return torch._int_mm(x, self.plain.t())
-        # FBGEMM wants unsigned numbers: with these, no pair of products leaves the 16 bits that older CPUs have for it.
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x.float(), 1.0, 64, self._packed)  # type: ignore[no-any-return]
-
-    def to_float(self) -> torch.Tensor:
-        """The rounded weight in float32."""
-        rounded = self.plain
-        if rounded is None:
-            rounded = torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
-        return rounded * self.scales[:, None]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -580,7 +526,6 @@ def _quiet_peft() -> Iterator[None]:
 __all__ = [
     "AdaptedLinear",
     "AdapterWeights",
-    "Int8Weight",
     "PeftModel",
     "PreTrainedModel",
     "adapted_linears",
@@ -590,7 +535,6 @@ __all__ = [
     "default_device",
     "device_memory",
     "float_precision",
-    "has_int8",
     "is_out_of_memory",
     "linear",
     "linear_modules",

@@ -11,9 +11,9 @@ Shapes: R rows (one token of one sequence each), H width, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,47 +24,43 @@ from knowledge_engine import modeling
 from knowledge_engine.inference import kernels
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.blocks import BlockPool, Table
-from knowledge_engine.inference.kernels import BLOCK_TOKENS, Array
+from knowledge_engine.inference.kernels import BLOCK_TOKENS, FINE_LEVELS, HALF_LEVELS, PART_FIELDS, Array
 from knowledge_engine.inference.wire import Adapter, EngineRequest
-from knowledge_engine.modeling import AdapterWeights, Int8Weight, PreTrainedModel
+from knowledge_engine.modeling import AdapterWeights, PreTrainedModel
 
 PIECE_TOKENS = 256
 """Prompt tokens of one sequence read in one pass; more make no product faster."""
 STEP_TOKENS = 64
 """Prompt tokens read in one pass while others wait for their next token."""
-FEW_ROWS = 2
+FEW_ROWS = 24
 """So many are multiplied by a kernel of our own: torch's are made for more."""
 NUM_DRAFTS = 6
 """Guessed tokens that one pass looks at, of all sequences together: so few cost next to nothing."""
 
 DEFAULT_CACHE_BYTES = 2**30
 
-_NOTHING = np.zeros(0, np.float32)
-_NO_ROWS = np.zeros((0, 0), np.float32)
 _UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True)
 class _Part:
-    """An adapter's share in one product, as `kernels.adapt_rows` takes it."""
+    """An adapter's share in all products: `table` (4 L, PART_FIELDS) as `kernels` has it, of what is in `arrays`."""
 
-    a: Array
-    b: Array
-    groups: Array
-    factors: Array
+    table: Array
+    arrays: list[Array]
 
     @property
     def size_bytes(self) -> int:
-        return int(self.a.nbytes + self.b.nbytes + self.groups.nbytes + self.factors.nbytes)
+        return int(self.table.nbytes + sum(array.nbytes for array in self.arrays))
 
 
 class Int8Place:
-    """A sequence's blocks, and its adapter's parts by product."""
+    """A sequence's blocks, and its adapter's part."""
 
-    def __init__(self, table: Table, digest: str | None, parts: list[_Part | None]) -> None:
+    def __init__(self, table: Table, digest: str | None, part: _Part) -> None:
         self.table = table
         self.digest = digest
-        self.parts = parts
+        self.part = part
 
 
 _Piece = tuple[Int8Place, int, list[int], int]
@@ -72,85 +68,93 @@ _Piece = tuple[Int8Place, int, list[int], int]
 
 
 class _Linear:
-    """Linear modules with the same input as one product."""
+    """Linear modules with the same input as one product, in all layers."""
 
-    def __init__(self, number: int, names: Sequence[str], modules: Sequence[nn.Linear]) -> None:
-        self.number = number
+    def __init__(self, names: Sequence[Sequence[str]], modules: Sequence[Sequence[nn.Linear]]) -> None:
+        """By layer, and of that by module."""
         self.names = names
-        self.num_outputs = [module.out_features for module in modules]
-        self._weight = Int8Weight(torch.cat([module.weight.detach().float() for module in modules]))
-        self._scales = self._weight.scales.numpy()
-        self._bias = _NOTHING
-        if any(module.bias is not None for module in modules):
-            biases = [torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in modules]
-            self._bias = torch.cat(biases).numpy()
+        self.sizes = [module.out_features for module in modules[0]]
+        num_layers, num_outputs, num_inputs = len(modules), sum(self.sizes), modules[0][0].in_features
+        has_bias = any(module.bias is not None for module in modules[0])
+        self.arrays = kernels.Linear(
+            np.empty((num_layers, num_outputs, num_inputs), np.int8),
+            np.empty((num_layers, num_outputs), np.float32),
+            np.zeros((num_layers, num_outputs if has_bias else 0), np.float32),
+        )
+        starts = list(itertools.accumulate(self.sizes, initial=0))
+        for n, own in enumerate(modules):
+            for module, start, size in zip(own, starts, self.sizes, strict=False):
+                rounded, scales = modeling.round_to_int8(module.weight.detach().float())
+                self.arrays.weight[n, start : start + size] = rounded.numpy()
+                self.arrays.scales[n, start : start + size] = scales.numpy()
+                if module.bias is not None:
+                    self.arrays.bias[n, start : start + size] = module.bias.detach().float().numpy()
 
-    def apply(self, whole: Array, units: Array, y: Array) -> None:
-        """whole (R, inputs), units (R,) -> y (R, outputs)."""
+    def of_layer(self, n: int) -> kernels.Linear:
+        return kernels.Linear(*(array[n] for array in self.arrays))
+
+    def apply(self, n: int, whole: Array, units: Array, y: Array) -> None:
+        """whole (R, inputs), units (R,) -> y (R, O), for many rows."""
+        linear = self.of_layer(n)
         num_rows, num_inputs = whole.shape
-        if num_rows <= FEW_ROWS and (plain := self._weight.plain) is not None:
-            kernels.multiply_rows(whole, plain.numpy(), units, self._scales, self._bias, y)
+        if num_rows <= FEW_ROWS or not _has_exact_products():
+            kernels.multiply_rows(whole, linear, units, y)
             return
         halves = torch.empty(2 * num_rows, num_inputs, dtype=torch.int8)
         kernels.halve_rows(whole, halves.numpy())
-        kernels.join_rows(self._weight.times(halves).numpy(), units, self._scales, self._bias, y)
+        sums = torch._int_mm(halves, torch.from_numpy(linear.weight).t())
+        kernels.join_rows(sums.numpy(), linear, units, y)
 
-    def adapt(self, x: Array, y: Array, adapted: Sequence[tuple[list[_Part | None], Array]]) -> None:
-        """Adds to y what each adapter makes of its rows of x."""
-        for parts, rows in adapted:
-            if (part := parts[self.number]) is not None:
-                kernels.adapt_rows(x, y, rows, part.a, part.b, part.groups, part.factors, self._bias)
-
-    def part(self, weights: dict[str, AdapterWeights]) -> _Part | None:
-        """What an adapter has for these modules; None for nothing."""
-        rows: list[torch.Tensor] = []
-        columns: list[torch.Tensor] = []
+    def part(self, n: int, weights: dict[str, AdapterWeights]) -> list[Array]:
+        """What an adapter has for this product of a layer: a, b, units, groups and, of DoRA, factors; empty for
+        nothing."""
+        rows: list[Array] = []
+        columns: list[Array] = []
+        units: list[Array] = []
         groups: list[tuple[int, int, int]] = []
-        factors = torch.ones(sum(self.num_outputs))
-        starts = itertools.accumulate(self.num_outputs, initial=0)
+        factors = torch.ones(sum(self.sizes))
         is_dora = False
-        for name, start, size in zip(self.names, starts, self.num_outputs, strict=False):
+        starts = itertools.accumulate(self.sizes, initial=0)
+        for name, start, size in zip(self.names[n], starts, self.sizes, strict=False):
             if (own := weights.get(name)) is None:
                 continue
             padding = -len(own.a) % 4
-            rows.append(nn.functional.pad(own.a, (0, 0, 0, padding)))
-            columns.append(nn.functional.pad((own.b * own.scaling).t(), (0, 0, 0, padding)).flatten())
-            first = sum(map(len, columns[:-1]))
-            groups += ((start, size, first + 4 * g * size) for g in range((len(own.a) + padding) // 4))
+            whole_a, units_a = _round_finely(nn.functional.pad(own.a, (0, 0, 0, padding)))
+            whole_b, units_b = _round_finely(nn.functional.pad(own.b.t(), (0, 0, 0, padding)))
+            first = sum(array.size for array in columns)
+            groups += ((start, size, first + g * size) for g in range(0, len(whole_a), 4))
+            rows.append(whole_a)
+            columns.append(whole_b.ravel())
+            units.append(units_a * units_b * np.float32(own.scaling))
             if own.magnitude is not None:
                 is_dora = True
-                whole = self._weight.to_float()[start : start + size] + own.scaling * (own.b @ own.a)
+                base = torch.from_numpy(self.arrays.weight[n, start : start + size]).float()
+                base *= torch.from_numpy(self.arrays.scales[n, start : start + size])[:, None]
+                whole = base + own.scaling * (own.b @ own.a)
                 factors[start : start + size] = own.magnitude / torch.linalg.vector_norm(whole, dim=1)
         if not rows:
-            return None
-        return _Part(
-            torch.cat(rows).numpy(),
-            torch.cat(columns).numpy(),
-            np.array(groups, np.int64),
-            factors.numpy() if is_dora else _NOTHING,
-        )
+            return []
+        part = [np.concatenate(rows), np.concatenate(columns), np.concatenate(units), np.array(groups, np.int64)]
+        return [*part, factors.numpy()] if is_dora else part
 
 
-class _Layer:
-    def __init__(self, number: int, name: str, module: Any, window: int | None) -> None:
-        attention, mlp = module.self_attn, module.mlp
-        self.first_norm: Array = module.input_layernorm.weight.detach().float().numpy()
-        self.second_norm: Array = module.post_attention_layernorm.weight.detach().float().numpy()
-        self.window = window or _UNBOUNDED
+def _round_finely(x: torch.Tensor) -> tuple[Array, Array]:
+    """x (R, I) -> whole numbers of sixteen bits (R, I), and what one is worth in each row (R,)."""
+    units = x.abs().amax(1).clamp_min(1e-30) / FINE_LEVELS
+    return (x / units[:, None]).round_().to(torch.int16).numpy(), units.numpy()
 
-        def linear(offset: int, parent: str, *names: str) -> _Linear:
-            owner = attention if parent == "self_attn" else mlp
-            full = [f"{name}.{parent}.{short}" for short in names]
-            return _Linear(4 * number + offset, full, [getattr(owner, short) for short in names])
 
-        self.qkv = linear(0, "self_attn", "q_proj", "k_proj", "v_proj")
-        self.o = linear(1, "self_attn", "o_proj")
-        self.gate_up = linear(2, "mlp", "gate_proj", "up_proj")
-        self.down = linear(3, "mlp", "down_proj")
-
-    @property
-    def linears(self) -> tuple[_Linear, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
+@cache
+def _has_exact_products() -> bool:
+    """Whether `torch._int_mm` adds up without saturating, as it does not on CPUs before VNNI."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    weight = torch.full((64, 256), modeling.INT8_LEVELS, dtype=torch.int8)
+    for num_rows in (2, 64):
+        largest = torch.full((num_rows, 256), HALF_LEVELS, dtype=torch.int8)
+        if (torch._int_mm(largest, weight.t()) != 256 * modeling.INT8_LEVELS * HALF_LEVELS).any():
+            return False
+    return True
 
 
 class Int8Model:
@@ -177,52 +181,79 @@ class Int8Model:
             known: (modules[known].out_features, modules[known].in_features) for known in modeling.linear_modules(model)
         }
         name = next(name for name, module in modules.items() if module is decoder.layers)
-        self._layers = [
-            _Layer(number, f"{name}.{number}", layer, _window(layer.self_attn, config))
-            for number, layer in enumerate(decoder.layers)
-        ]
-        self._head = _Linear(-1, ("head",), (head,))
-        self._embedding: torch.Tensor = decoder.embed_tokens.weight.detach().float()
-        self._norm: Array = decoder.norm.weight.detach().float().numpy()
-        self._eps = float(decoder.norm.variance_epsilon)
-        self._scaling = np.float32(attention.scaling)
+
+        def linear(parent: str, *names: str) -> _Linear:
+            full = [[f"{name}.{n}.{parent}.{short}" for short in names] for n in range(len(decoder.layers))]
+            return _Linear(full, [[modules[known] for known in of_layer] for of_layer in full])
+
+        def stacked(norm: str) -> Array:
+            return np.stack([getattr(layer, norm).weight.detach().float().numpy() for layer in decoder.layers])
+
+        self._linears = (
+            linear("self_attn", "q_proj", "k_proj", "v_proj"),
+            linear("self_attn", "o_proj"),
+            linear("mlp", "gate_proj", "up_proj"),
+            linear("mlp", "down_proj"),
+        )
+        windows = [_window(layer.self_attn, config) or _UNBOUNDED for layer in decoder.layers]
+        self._layers = kernels.Layers(
+            stacked("input_layernorm"),
+            stacked("post_attention_layernorm"),
+            np.array(windows, np.int64),
+            *(product.arrays for product in self._linears),
+        )
+        self._head = _Linear([["head"]], [[head]])
+        self._embedding: Array = decoder.embed_tokens.weight.detach().float().numpy()
         cos, sin = decoder.rotary_emb(torch.zeros(1), torch.arange(context_length)[None])
         half = attention.head_dim // 2
-        self._cos, self._sin = (part[0, :, :half].contiguous().numpy() for part in (cos, sin))
+        self._geometry = kernels.Geometry(
+            cos[0, :, :half].contiguous().numpy(),
+            sin[0, :, :half].contiguous().numpy(),
+            float(decoder.norm.variance_epsilon),
+            float(attention.scaling),
+            decoder.norm.weight.detach().float().numpy(),
+        )
 
         num_heads, num_keys = config.num_attention_heads, config.num_key_value_heads
-        width, self._heads_width = config.hidden_size, num_heads * attention.head_dim
-        depth, num_layers = attention.head_dim, len(self._layers)
-        block_bytes = 2 * 4 * num_layers * num_keys * depth * BLOCK_TOKENS
+        width, depth, num_layers = config.hidden_size, attention.head_dim, len(decoder.layers)
+        block_bytes = 2 * (2 * depth + 4) * num_layers * num_keys * BLOCK_TOKENS
         if cache_bytes is None:
             cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
         num_blocks = max(1, cache_bytes // block_bytes)
         self._pool = BlockPool(num_blocks, BLOCK_TOKENS)
-        self._keys = np.zeros((num_layers, num_blocks, num_keys, BLOCK_TOKENS, depth), np.float32)
-        self._values = np.zeros((num_layers, num_blocks, num_keys, depth, BLOCK_TOKENS), np.float32)
-        self.room_bytes = self._keys.nbytes + self._values.nbytes
+        heads = num_layers, num_blocks, num_keys
+        self._cache = kernels.Cache(
+            np.zeros((*heads, BLOCK_TOKENS, depth), np.int16),
+            np.zeros((*heads, BLOCK_TOKENS), np.float32),
+            np.zeros((*heads, depth, BLOCK_TOKENS), np.int16),
+            np.zeros((*heads, BLOCK_TOKENS), np.float32),
+        )
+        self.room_bytes = sum(array.nbytes for array in self._cache)
 
-        max_rows = max_active + PIECE_TOKENS + NUM_DRAFTS
-        inner = config.intermediate_size
-        self._whole = np.empty(max_rows * max(width, self._heads_width, inner), np.int16)
-        self._units = np.empty(max_rows, np.float32)
-        self._queries = np.empty((max_rows, num_heads, depth), np.float32)
-        self._normed, self._out = np.empty((2, max_rows, width), np.float32)
-        self._qkv = np.empty((max_rows, self._heads_width + 2 * num_keys * depth), np.float32)
-        self._attended = np.empty((max_rows, self._heads_width), np.float32)
-        self._gated = np.empty((max_rows, 2 * inner), np.float32)
-        self._inner = np.empty((max_rows, inner), np.float32)
+        max_rows, inner, of_heads = max_active + PIECE_TOKENS + NUM_DRAFTS, config.intermediate_size, num_heads * depth
+        self._room = kernels.Room(
+            x=np.empty((max_rows, width), np.float32),
+            y=np.empty((max_rows, width), np.float32),
+            normed=np.empty((max_rows, width), np.float32),
+            whole=np.empty((max_rows, width), np.int16),
+            whole_heads=np.empty((max_rows, of_heads), np.int16),
+            whole_inner=np.empty((max_rows, inner), np.int16),
+            units=np.empty(max_rows, np.float32),
+            qkv=np.empty((max_rows, of_heads + 2 * num_keys * depth), np.float32),
+            queries=np.empty((max_rows, num_heads, depth), np.float32),
+            attended=np.empty((max_rows, of_heads), np.float32),
+            gated=np.empty((max_rows, 2 * inner), np.float32),
+            inner=np.empty((max_rows, inner), np.float32),
+        )
 
         self.vocabulary_size = len(self._embedding)
         self.max_tokens = self._pool.num_tokens
         self.adapters = Adapters(self._load, lambda parts: None, adapter_budget_bytes)
-        self._no_parts: list[_Part | None] = [None] * (4 * len(self._layers))
+        self._no_part = _Part(np.zeros((4 * num_layers, PART_FIELDS), np.int64), [])
 
     def warm_up(self) -> None:
         """Compiles the kernels, or finds them compiled: seconds, which no request should wait."""
-        a = np.zeros((4, self._embedding.shape[1]), np.float32)
-        part = _Part(a, _NOTHING, np.zeros((1, 3), np.int64), _NOTHING)
-        place = Int8Place(Table([0], []), "", [part, *self._no_parts[1:]])
+        place = Int8Place(Table([0], []), None, self._no_part)
         for num_rows in (1, FEW_ROWS + 1):
             self._pass([(place, 0, [0] * num_rows, num_rows)])
 
@@ -234,7 +265,7 @@ class Int8Model:
         if table is None:
             return None
         if request.adapter is None:
-            return Int8Place(table, None, self._no_parts)
+            return Int8Place(table, None, self._no_part)
         try:
             return Int8Place(table, digest, self.adapters.acquire(request.adapter))
         except BaseException:
@@ -266,86 +297,57 @@ class Int8Model:
     def _pass(self, pieces: Sequence[_Piece]) -> torch.Tensor:
         """The logits asked for, (sum of `num_logits`, V)."""
         lengths = [len(token_ids) for _, _, token_ids, _ in pieces]
+        num_rows = sum(lengths)
         tables = np.zeros((len(pieces), max(len(place.table.blocks) for place, *_ in pieces)), np.int64)
         for index, (place, *_) in enumerate(pieces):
             tables[index, : len(place.table.blocks)] = place.table.blocks
         sequences = np.repeat(np.arange(len(pieces)), lengths)
         positions = np.concatenate([np.arange(start, start + len(ids)) for _, start, ids, _ in pieces])
-        tokens = torch.tensor([token for _, _, token_ids, _ in pieces for token in token_ids])
-        ends = list(itertools.accumulate(lengths))
+        parts = np.stack([place.part.table for place, *_ in pieces])[sequences]
+        blocks = tables[sequences, positions // BLOCK_TOKENS]
+        rows = kernels.Rows(positions, sequences, tables, blocks, parts)
+        room = kernels.Room(*(array[:num_rows] for array in self._room))
+        room.x[:] = self._embedding[[token for _, _, token_ids, _ in pieces for token in token_ids]]
+        if num_rows <= FEW_ROWS:
+            kernels.decode_rows(self._layers, rows, room, self._cache, self._geometry)
+        else:
+            self._read_rows(rows, room)
+        ends = itertools.accumulate(lengths)
         wanted = [row for end, (*_, count) in zip(ends, pieces, strict=True) for row in range(end - count, end)]
-        x: Array = self._embedding[tokens].numpy()
-        x = self._decode(x, positions, sequences, tables, _by_adapter(pieces, lengths), np.array(wanted, np.int64))
-        if not wanted:
-            return torch.empty(0, self.vocabulary_size)
-        whole, units = self._whole_of(*x.shape), self._units[: len(x)]
-        kernels.norm_rows(x, _NO_ROWS, self._norm, self._eps, self._normed[: len(x)], whole, units)
-        logits = np.empty((len(x), self.vocabulary_size), np.float32)
-        self._head.apply(whole, units, logits)
+        logits = np.empty((len(wanted), self.vocabulary_size), np.float32)
+        if wanted:
+            self._head.apply(0, room.whole[wanted], room.units[wanted], logits)
         return torch.from_numpy(logits)
 
-    def _decode(
-        self,
-        x: Array,
-        positions: Array,
-        sequences: Array,
-        tables: Array,
-        adapted: list[tuple[list[_Part | None], Array]],
-        wanted: Array,
-    ) -> Array:
-        """The layers: x (R, H) -> the wanted rows of the last one's output."""
-        num_rows, width = x.shape
-        blocks = tables[sequences, positions // BLOCK_TOKENS]
-        units, queries, normed = self._units[:num_rows], self._queries[:num_rows], self._normed[:num_rows]
-        qkv, attended, out = self._qkv[:num_rows], self._attended[:num_rows], self._out[:num_rows]
-        gated, inner = self._gated[:num_rows], self._inner[:num_rows]
-        whole = self._whole_of(num_rows, width)
-        whole_heads, whole_inner = self._whole_of(*attended.shape), self._whole_of(*inner.shape)
-        y = _NO_ROWS
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
-            kernels.norm_rows(x, y, layer.first_norm, self._eps, normed, whole, units)
-            layer.qkv.apply(whole, units, qkv)
-            layer.qkv.adapt(normed, qkv, adapted)
-            kernels.store_rows(qkv, self._cos, self._sin, queries, keys, values, blocks, positions)
-            kernels.attend_rows(
-                queries, keys, values, tables, sequences, positions, self._scaling, layer.window, attended
-            )
-            kernels.round_rows(attended, whole_heads, units)
-            layer.o.apply(whole_heads, units, out)
-            layer.o.adapt(attended, out, adapted)
-            kernels.norm_rows(x, out, layer.second_norm, self._eps, normed, whole, units)
-            layer.gate_up.apply(whole, units, gated)
-            layer.gate_up.adapt(normed, gated, adapted)
-            kernels.gate_rows(gated, inner, whole_inner, units)
-            layer.down.apply(whole_inner, units, out)
-            layer.down.adapt(inner, out, adapted)
-            y = out
-        return x[wanted] + y[wanted]
+    def _read_rows(self, rows: kernels.Rows, room: kernels.Room) -> None:
+        """`kernels.decode_rows` for many rows: torch multiplies."""
+        layers, cache, geometry = self._layers, self._cache, self._geometry
+        qkv, o, gate_up, down = self._linears
+        kernels.begin_rows(layers, room, geometry)
+        for n in range(len(layers.windows)):
+            qkv.apply(n, room.whole, room.units, room.qkv)
+            kernels.attend_rows(n, layers, rows, room, cache, geometry)
+            o.apply(n, room.whole_heads, room.units, room.y)
+            kernels.close_rows(n, layers, rows, room, geometry)
+            gate_up.apply(n, room.whole, room.units, room.gated)
+            kernels.gate_rows(n, layers, rows, room)
+            down.apply(n, room.whole_inner, room.units, room.y)
+            kernels.end_rows(n, layers, rows, room, geometry)
 
-    def _whole_of(self, num_rows: int, width: int) -> Array:
-        """The same room each time, for what is rounded next."""
-        return self._whole[: num_rows * width].reshape(num_rows, width)
-
-    def _load(self, adapter: Adapter) -> tuple[list[_Part | None], int]:
+    def _load(self, adapter: Adapter) -> tuple[_Part, int]:
         weights = modeling.read_adapter(adapter.folder, self._modules)
-        parts = [linear.part(weights) for layer in self._layers for linear in layer.linears]
-        return parts, sum(part.size_bytes for part in parts if part is not None)
+        part = _Part(np.zeros_like(self._no_part.table), [])
+        for n in range(len(self._layers.windows)):
+            for index, linear in enumerate(self._linears):
+                arrays = linear.part(n, weights)
+                if arrays:
+                    part.table[4 * n + index, 0] = len(arrays[3])
+                    part.table[4 * n + index, 1 : 1 + len(arrays)] = [array.ctypes.data for array in arrays]
+                    part.arrays.extend(arrays)
+        return part, part.size_bytes
 
 
 def _window(attention: Any, config: Any) -> int | None:
     """Of how many tokens a layer's attention knows; None of all. Qwen2's layers differ, Mistral's do not."""
     owner = attention if hasattr(attention, "sliding_window") else config
     return getattr(owner, "sliding_window", None)
-
-
-def _by_adapter(pieces: Sequence[_Piece], lengths: Sequence[int]) -> list[tuple[list[_Part | None], Array]]:
-    """Each adapter's parts and the rows that go through them."""
-    rows: dict[str, list[int]] = defaultdict(list)
-    parts: dict[str, list[_Part | None]] = {}
-    first = 0
-    for (place, *_), length in zip(pieces, lengths, strict=True):
-        if place.digest is not None:
-            rows[place.digest] += range(first, first + length)
-            parts[place.digest] = place.parts
-        first += length
-    return [(parts[digest], np.array(of_digest, np.int64)) for digest, of_digest in rows.items()]

@@ -38,6 +38,7 @@ from knowledge_engine.inference.lease import MemoryLease
 from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
     Abort,
+    AskMetrics,
     EngineStatus,
     FrameError,
     Generate,
@@ -48,6 +49,7 @@ from knowledge_engine.inference.wire import (
     parse_client_frame,
     read_frame,
 )
+from knowledge_engine.metrics import EngineMetrics
 from knowledge_engine.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Engine:
         self._numbers = itertools.count(1)
         self._last_report = 0.0
         self._lease = MemoryLease(settings)
+        self._metrics = EngineMetrics()
         self._origin = ""  # where the base comes from, once that is known
         self._failed = False
 
@@ -158,6 +161,8 @@ class Engine:
             self._abort((number, frame.id))
         elif isinstance(frame, Ping):
             self._send(number, self._status_frame())
+        elif isinstance(frame, AskMetrics):
+            self._send(number, {"type": "metrics", "text": self._metrics.text()})
         elif isinstance(frame, Unload):
             if self._scheduler is not None:
                 digest = frame.digest
@@ -172,6 +177,7 @@ class Engine:
             scheduler = self._ready_scheduler()
             scheduler.check(frame.request)
         except KnowledgeEngineError as error:
+            self._metrics.refusals.labels(error.reason).inc()
             self._send(key[0], {"type": "step", "outputs": [[key[1], "", None, error.to_dict()]]})
             return
         self._requests.add(key)
@@ -259,6 +265,7 @@ class Engine:
     def _became_ready(self, scheduler: Scheduler, status: EngineStatus) -> None:
         self._scheduler = scheduler
         self._lease.measure(scheduler.room_bytes)
+        self._metrics.follow(scheduler.holding)
         self._set_status(status)
         _log.info("ready: %s in %s", status.base_digest, status.precision)
 
@@ -326,7 +333,7 @@ class Engine:
             model = PlainModel(loaded, settings.adapter_cache_bytes)
         del loaded
         tokenizer = ChatText.load(base).tokenizer
-        scheduler = Scheduler(model, tokenizer, base.context_length, settings.max_active_streams)
+        scheduler = Scheduler(model, tokenizer, base.context_length, settings.max_active_streams, self._metrics)
         return scheduler, EngineStatus(
             state="ready",
             detail=self._origin,

@@ -85,7 +85,7 @@ class ServerMetrics(_Metrics):
             "code",
         )
         self.active = self._gauge("rpcs_active", "Calls that are being answered.")
-        self.errors = self._counter("errors_total", "Calls that were refused or failed.", "method", "reason")
+        self.errors = self._counter("errors_total", "Calls that were refused or failed, by reason.", "method", "reason")
         self.engine_up = self._gauge("engine_up", "Whether the engine answered this scrape.")
         self.engine_ready = self._gauge("engine_ready", "Whether the engine has its model and takes requests.")
 
@@ -123,13 +123,13 @@ class EngineMetrics(_Metrics):
         )
         self.prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of requests whose turn came.")
         self.shared_tokens = self._counter(
-            "shared_prompt_tokens_total", "Those of them that needed no reading, as an earlier prompt began alike."
+            "shared_prompt_tokens_total", "Prompt tokens that needed no reading, as an earlier prompt began alike."
         )
         self.completion_tokens = self._counter("completion_tokens_total", "Tokens answered.")
         self.guessed_tokens = self._counter("guessed_tokens_total", "Tokens guessed ahead.")
-        self.accepted_tokens = self._counter("accepted_tokens_total", "Those of them that saved a step.")
+        self.accepted_tokens = self._counter("accepted_tokens_total", "Guessed tokens that saved a step.")
         self.answers = self._counter("answers_total", "Answers that ended, by how.", "outcome")
-        self.refusals = self._counter("refusals_total", "Requests that were not taken on.", "reason")
+        self.refusals = self._counter("refusals_total", "Requests that were not taken on, by reason.", "reason")
         for outcome in OUTCOMES:
             self.answers.labels(outcome)
 

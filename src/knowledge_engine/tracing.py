@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_LAST_SECONDS = 3.0
+_LAST_SECONDS = 1.5
 """For the last spans to leave, when the process ends."""
 
 # What a server is to blame for, by the conventions for gRPC; the rest is the caller's.
@@ -84,7 +84,7 @@ class Traces:
         return recorded
 
     def close(self) -> None:
-        """Sends what is left, within seconds."""
+        """Sends what is left, as far as it leaves at once."""
         if self.provider is not None:
             thread = threading.Thread(target=self.provider.shutdown, name="traces", daemon=True)
             thread.start()

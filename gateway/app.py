@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 import grpc
 from fastapi import FastAPI, Request, Response
@@ -15,8 +16,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from gateway import health, inference, openapi, routes
-from gateway.access import Access
+from gateway import health, inference, metrics, openapi, routes
+from gateway.access import HEALTH_PATH, Access
 from gateway.backend import Backend
 from gateway.problems import ProblemError, error_response, response, rpc_problem
 from gateway.strict import schema_mismatch
@@ -59,16 +60,31 @@ def create_app(settings: Settings, channel: grpc.aio.Channel | None = None) -> F
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
+        telemetry={
+            "tracer_provider": backend.traces.provider,
+            "tracing": backend.traces.provider is not None,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+            "exclude": _is_untraced,
+        },
     )
     app.state.backend = backend
-    for part in (routes, inference, health):
+    for part in (routes, inference, health, metrics):
         app.include_router(part.router)
     openapi.install(app, with_keys=not settings.anonymous)
     _handle_errors(app)
-    # The last one added is the outermost: a browser must be able to read a refusal.
+    # The last one added is the outermost: a browser must be able to read a refusal, and every answer counts.
     app.add_middleware(Access, settings=settings)
     _allow_origins(app, settings)
+    app.add_middleware(metrics.Counted, counts=backend.metrics)
     return app
+
+
+def _is_untraced(scope: MutableMapping[str, Any]) -> bool:
+    """Whether nobody would look for a trace of it: what is asked every few seconds, and pages."""
+    return scope["path"] == HEALTH_PATH or not scope["path"].startswith("/api/")
 
 
 def _allow_origins(app: FastAPI, settings: Settings) -> None:

@@ -18,8 +18,10 @@ from grpc_health.v1 import health_pb2_grpc
 
 from gateway.access import api_key
 from gateway.problems import ProblemError
+from knowledge_engine import metrics
 from knowledge_engine.errors import Reason
 from knowledge_engine.settings import Settings
+from knowledge_engine.tracing import Traces
 from knowledge_engine.v1 import datasets_pb2_grpc, inference_pb2_grpc, jobs_pb2_grpc, models_pb2_grpc
 
 _Q = TypeVar("_Q", bound=Message)
@@ -42,6 +44,8 @@ class Backend:
 
     def __init__(self, settings: Settings, channel: grpc.aio.Channel | None = None) -> None:
         self.settings = settings
+        self.traces = Traces("gateway")
+        self.metrics = metrics.GatewayMetrics()
         self._address = settings.grpc_address
         self._given = channel
 
@@ -69,10 +73,15 @@ class Backend:
     def health(self) -> Any:
         return health_pb2_grpc.HealthStub(self._channel)
 
+    @cached_property
+    def read_metrics(self) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+        return self._channel.unary_unary(metrics.METHOD)
+
     async def close(self) -> None:
-        """Closes a channel that this object opened."""
+        """Closes a channel that this object opened, and sends what is left of traces."""
         if self._given is None and "_channel" in self.__dict__:
             await self._channel.close()
+        await asyncio.to_thread(self.traces.close)
 
 
 class Calls:
@@ -98,8 +107,8 @@ class Calls:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The caller's key and the request's id. A key that no metadata can hold is no key of ours."""
-        metadata = [("x-request-id", self._request.state.request_id)]
+        """The caller's key, the request's id and its trace. A key that no metadata can hold is no key of ours."""
+        metadata = [("x-request-id", self._request.state.request_id), *self.server.traces.headers()]
         key = api_key(self._request.headers)
         if key and key.isascii() and key.isprintable():
             metadata.append(("authorization", f"Bearer {key}"))

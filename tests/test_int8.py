@@ -243,7 +243,7 @@ def test_an_adapter_of_another_base_is_refused_and_gives_its_room_back(
     for folder in (build_tiny_adapter(other, tmp_path / "strange", 1), tmp_path / "missing"):
         with pytest.raises(IntegrityError):
             model.open(request(TOKENS, Adapter("sha256:x", folder)))
-    assert model._pool.num_used == 0
+    assert model.pool.num_used == 0
     assert not model.adapters.digests
 
 
@@ -399,9 +399,9 @@ def test_what_is_aborted_while_a_step_is_told_leaves_its_room(tiny: tuple[Path, 
             if (1, number) != first.key:
                 scheduler.abort((1, number), 0)
         assert [output.key for output in step] == []
-        assert model._pool.num_used == (len(TOKENS) + 40 + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+        assert model.pool.num_used == (len(TOKENS) + 40 + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     assert len([output for output in until_done(scheduler) if output.finished is not None]) == 1
-    assert model._pool.num_used == 0
+    assert model.pool.num_used == 0
 
 
 def test_what_never_fits_is_refused_and_the_rest_waits_its_turn(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
@@ -431,10 +431,11 @@ def schedule(tiny: tuple[Path, modeling.PreTrainedModel], cache_bytes: int = CAC
 
     from knowledge_engine.inference.grammar import Grammars
     from knowledge_engine.inference.scheduler import Scheduler
+    from knowledge_engine.metrics import EngineMetrics
 
     model = serve(tiny[1], cache_bytes)
     tokenizer = Tokenizer.from_file(str(tiny[0] / "tokenizer.json"))
-    return Scheduler(model, tokenizer, Grammars(tokenizer, VOCABULARY, [0, 2]), CONTEXT, 4), model
+    return Scheduler(model, tokenizer, Grammars(tokenizer, VOCABULARY, [0, 2]), CONTEXT, 4, EngineMetrics()), model
 
 
 def until_done(scheduler: Any) -> Iterator[Any]:

@@ -21,7 +21,9 @@ SERVICES = [
     ["knowledge_engine.server.app", "gateway.app", "knowledge_engine.cli", "knowledge_engine.supervisor"],
 )
 def test_a_control_process_imports_neither_torch_nor_transformers(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'peft', 'bitsandbytes', 'numba', 'wandb', 'openai', 'boto3'}"
+    heavy = (
+        "{'torch', 'transformers', 'peft', 'bitsandbytes', 'numba', 'wandb', 'openai', 'boto3', 'opentelemetry.sdk'}"
+    )
     code = f"import sys, {module}; print(sorted(sys.modules.keys() & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

@@ -32,6 +32,9 @@ class Adapters(Generic[T]):
         self._remove = remove
         self._budget_bytes = budget_bytes
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self.num_loads = 0
+        self.num_evictions = 0
+        """Of those that gave way; not of those that were to be forgotten."""
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -52,6 +55,7 @@ class Adapters(Generic[T]):
         if entry is None:
             entry = _Entry(*self._load(adapter))
             self._entries[adapter.digest] = entry
+            self.num_loads += 1
         entry.num_users += 1
         self._entries.move_to_end(adapter.digest)
         self._make_room()
@@ -79,6 +83,7 @@ class Adapters(Generic[T]):
             if self.size_bytes <= self._budget_bytes:
                 return
             self._drop(digest)
+            self.num_evictions += 1
 
     def _drop(self, digest: str) -> None:
         self._remove(self._entries.pop(digest).content)

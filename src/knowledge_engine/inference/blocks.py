@@ -45,7 +45,12 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         """Blocks that sequences hold."""
-        return self.num_blocks - len(self._free) - len(self._idle)
+        return self.num_blocks - len(self._free) - self.num_kept
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks that nobody holds, and whose content is known."""
+        return len(self._idle)
 
     def open(self, owner: str, prompt: Sequence[int], max_tokens: int) -> Table | None:
         """Room for a prompt and so many more tokens; None while there is not enough. Only those of the same `owner`

@@ -26,6 +26,7 @@ from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
     Abort,
     Adapter,
+    AskMetrics,
     EngineRequest,
     EngineStatus,
     Finished,
@@ -89,6 +90,7 @@ class EngineClient:
         self._requests: dict[int, tuple[asyncio.Queue[TextDelta | Finished | KnowledgeEngineError], int]] = {}
         """Where the outputs of each go, and which of the answers asked for there it is."""
         self._status_waiters: list[asyncio.Future[EngineStatus]] = []
+        self._metrics_waiters: list[asyncio.Future[bytes]] = []
         self._last_words = ""  # why the engine gave up, as far as it said so
         self._next_id = 0
         self._task: asyncio.Task[None] | None = None
@@ -117,6 +119,15 @@ class EngineClient:
         waiter: asyncio.Future[EngineStatus] = asyncio.get_running_loop().create_future()
         self._status_waiters.append(waiter)
         self._writer.write(pack(Ping()))
+        return await waiter
+
+    async def metrics(self) -> bytes:
+        """What the engine counts, as a text for Prometheus; empty when there is no connection."""
+        if self._writer is None:
+            return b""
+        waiter: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._metrics_waiters.append(waiter)
+        self._writer.write(pack(AskMetrics()))
         return await waiter
 
     async def generate(self, request: EngineRequest, n: int = 1) -> AsyncGenerator[TextDelta | Finished, None]:
@@ -229,6 +240,8 @@ class EngineClient:
                     _put(*known, *output)
         elif kind == "status":
             self._set_status(frame)
+        elif kind == "metrics":
+            self._answer_metrics_waiters(frame["text"])
         else:
             raise FrameError(f"a frame of an unknown type {kind!r}")
 
@@ -248,10 +261,17 @@ class EngineClient:
             if not waiter.done():
                 waiter.set_result(self._status)
 
+    def _answer_metrics_waiters(self, text: bytes) -> None:
+        waiters, self._metrics_waiters = self._metrics_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(text)
+
     def _drop(self, detail: str) -> None:
         self._writer = None
         self._status = EngineStatus(state="down", detail=detail)
         self._answer_waiters()
+        self._answer_metrics_waiters(b"")
         self._fail_requests()
 
     def _fail_requests(self) -> None:
@@ -279,8 +299,8 @@ def _put(
     if text or logprobs:
         queue.put_nowait(TextDelta(text, tuple(map(_logprob, logprobs)), choice))
     if finished is not None:
-        reason, prompt_tokens, completion_tokens, seconds, _ = finished
-        queue.put_nowait(Finished(FinishReason(reason), prompt_tokens, completion_tokens, seconds, choice))
+        reason, *facts = finished
+        queue.put_nowait(Finished(FinishReason(reason), *facts[:-1], choice=choice))
     if error is not None:
         queue.put_nowait(from_dict(error))
 

@@ -39,6 +39,7 @@ from knowledge_engine.inference.lease import MemoryLease
 from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
     Abort,
+    AskMetrics,
     EngineRequest,
     EngineStatus,
     FrameError,
@@ -50,6 +51,7 @@ from knowledge_engine.inference.wire import (
     parse_client_frame,
     read_frame,
 )
+from knowledge_engine.metrics import EngineMetrics
 from knowledge_engine.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Engine:
         self._numbers = itertools.count(1)
         self._last_report = 0.0
         self._lease = MemoryLease(settings)
+        self._metrics = EngineMetrics()
         self._origin = ""  # where the base comes from, once that is known
         self._failed = False
 
@@ -162,6 +165,8 @@ class Engine:
             self._abort((number, frame.id))
         elif isinstance(frame, Ping):
             self._send(number, self._status_frame())
+        elif isinstance(frame, AskMetrics):
+            self._send(number, {"type": "metrics", "text": self._metrics.text()})
         elif isinstance(frame, Unload):
             if self._scheduler is not None:
                 digest = frame.digest
@@ -199,6 +204,7 @@ class Engine:
             self._commands.put(lambda scheduler: scheduler.submit(key, request, receive_time, matcher))
 
     def _refuse(self, key: Key, error: KnowledgeEngineError) -> None:
+        self._metrics.refusals.labels(error.reason).inc()
         self._send(key[0], {"type": "step", "outputs": [[key[1], "", None, error.to_dict(), ()]]})
 
     def _ready_scheduler(self) -> Scheduler:
@@ -283,6 +289,7 @@ class Engine:
     def _became_ready(self, scheduler: Scheduler, status: EngineStatus) -> None:
         self._scheduler = scheduler
         self._lease.measure(scheduler.room_bytes)
+        self._metrics.follow(scheduler.holding)
         self._set_status(status)
         _log.info("ready: %s in %s", status.base_digest, status.precision)
 
@@ -352,7 +359,9 @@ class Engine:
         del loaded
         text = ChatText.load(base)
         grammars = Grammars(text.tokenizer, model.vocabulary_size, text.stop_token_ids)
-        scheduler = Scheduler(model, text.tokenizer, grammars, base.context_length, settings.max_active_streams)
+        scheduler = Scheduler(
+            model, text.tokenizer, grammars, base.context_length, settings.max_active_streams, self._metrics
+        )
         return scheduler, EngineStatus(
             state="ready",
             detail=self._origin,

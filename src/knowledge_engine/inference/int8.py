@@ -220,7 +220,7 @@ class Int8Model:
         if cache_bytes is None:
             cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
         num_blocks = max(1, cache_bytes // block_bytes)
-        self._pool = BlockPool(num_blocks, BLOCK_TOKENS)
+        self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
         heads = num_layers, num_blocks, num_keys
         self._cache = kernels.Cache(
             np.zeros((*heads, BLOCK_TOKENS, depth), np.int16),
@@ -247,7 +247,7 @@ class Int8Model:
         )
 
         self.vocabulary_size = len(self._embedding)
-        self.max_tokens = self._pool.num_tokens
+        self.max_tokens = self.pool.num_tokens
         self.adapters = Adapters(self._load, lambda parts: None, adapter_budget_bytes)
         self._no_part = _Part(np.zeros((4 * num_layers, PART_FIELDS), np.int64), [])
 
@@ -261,7 +261,7 @@ class Int8Model:
         """Raises IntegrityError: the adapter's files are not what they should be."""
         digest = request.adapter.digest if request.adapter is not None else None
         owner = f"{digest or ''} {request.caller}"
-        table = self._pool.open(owner, request.prompt_token_ids, request.sampling.max_tokens)
+        table = self.pool.open(owner, request.prompt_token_ids, request.sampling.max_tokens)
         if table is None:
             return None
         if request.adapter is None:
@@ -269,16 +269,16 @@ class Int8Model:
         try:
             return Int8Place(table, digest, self.adapters.acquire(request.adapter))
         except BaseException:
-            self._pool.close(table)
+            self.pool.close(table)
             raise
 
     def close(self, place: Int8Place) -> None:
-        self._pool.close(place.table)
+        self.pool.close(place.table)
         if place.digest is not None:
             self.adapters.release(place.digest)
 
     def find_read(self, place: Int8Place, num_tokens: int) -> int:
-        return self._pool.find_read(place.table, num_tokens)
+        return self.pool.find_read(place.table, num_tokens)
 
     def forward(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """One pass for all."""
@@ -288,7 +288,7 @@ class Int8Model:
             yield from ((index, error) for index in range(len(pieces)))
             return
         for place, start, token_ids, _ in pieces:  # before the first is given away, and others may be closed
-            self._pool.name_read(place.table, start + len(token_ids))
+            self.pool.name_read(place.table, start + len(token_ids))
         first = 0
         for index, (*_, num_logits) in enumerate(pieces):
             yield index, logits[first : first + num_logits]

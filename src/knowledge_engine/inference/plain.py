@@ -40,6 +40,7 @@ class PlainModel:
     num_drafts = 0
     max_tokens: int | None = None
     room_bytes = 0
+    pool = None
 
     def __init__(self, model: PreTrainedModel, adapter_budget_bytes: int) -> None:
         # Adapters replace layers inside this very object, so it is the one to call with or without them.

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer
 from knowledge_engine.core import FinishReason, TokenLogprob
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.inference.adapters import Adapters
+from knowledge_engine.inference.blocks import BlockPool
 from knowledge_engine.inference.detokenize import Detokenizer
 from knowledge_engine.inference.drafts import Drafts
 from knowledge_engine.inference.grammar import Grammars, Matcher
 from knowledge_engine.inference.sampling import Sampler
 from knowledge_engine.inference.wire import EngineRequest, Finished
+from knowledge_engine.metrics import EngineMetrics, Holding
 
 Key = tuple[int, int]
 """Connection and request."""
@@ -50,6 +52,10 @@ class Model(Protocol):
     @property
     def max_tokens(self) -> int | None:
         """The most tokens that prompt and answer may have, where that is not the context alone."""
+
+    @property
+    def pool(self) -> BlockPool | None:
+        """Where keys and values lie, where that is bounded."""
 
     @property
     def adapters(self) -> Adapters[Any]: ...
@@ -82,7 +88,13 @@ class Sequence:
     """One answer in the making."""
 
     def __init__(
-        self, key: Key, request: EngineRequest, receive_time: float, tokenizer: Tokenizer, sampler: Sampler
+        self,
+        key: Key,
+        request: EngineRequest,
+        receive_time: float,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        metrics: EngineMetrics,
     ) -> None:
         self.key = key
         self.request = request
@@ -97,8 +109,11 @@ class Sequence:
         self.num_steps = 0
         self._detokenizer = Detokenizer(tokenizer, request.sampling.stop)
         self._num_prompt_tokens = len(request.prompt_token_ids)
+        self._metrics = metrics
         self._receive_time = receive_time
+        self._queue_seconds = 0.0
         self._first_token_seconds = 0.0
+        self._last_token_seconds = 0.0
 
     @property
     def num_unread(self) -> int:
@@ -114,11 +129,23 @@ class Sequence:
         """Whether its prompt is read but for what one step reads in any case."""
         return self.num_unread == 1
 
+    def begin(self, place: Any) -> None:
+        """Its turn has come."""
+        self.place = place
+        self._queue_seconds = time.monotonic() - self._receive_time
+        self._metrics.queue.observe(self._queue_seconds)
+        self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
+
     def add(self, token: int) -> Output:
         """Takes the next token of the answer."""
         self.tokens.append(token)
+        seconds = time.monotonic() - self._receive_time
         if self.num_tokens == 1:
-            self._first_token_seconds = time.monotonic() - self._receive_time
+            self._first_token_seconds = seconds
+            self._metrics.first_token.observe(seconds)
+        else:
+            self._metrics.between_tokens.observe(seconds - self._last_token_seconds)
+        self._last_token_seconds = seconds
         is_last = token in self.stop_token_ids
         text = "" if is_last else self._detokenizer.push(token)
         is_over = is_last or self._detokenizer.stopped or self.sampler.is_complete
@@ -130,7 +157,9 @@ class Sequence:
         text += self._detokenizer.flush()
         if self._detokenizer.stopped:  # by what was held back
             reason = FinishReason.STOP
-        finished = Finished(reason, self._num_prompt_tokens, self.num_tokens, self._first_token_seconds)
+        finished = Finished(
+            reason, self._num_prompt_tokens, self.num_tokens, self._first_token_seconds, self._queue_seconds, seconds
+        )
         return Output(self.key, text, finished=finished)
 
     def guess(self, most: int) -> list[int]:
@@ -145,9 +174,16 @@ class Scheduler:
     """Takes up to `max_active` sequences forward together; the rest wait in the order they came."""
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, grammars: Grammars, context_length: int, max_active: int
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        grammars: Grammars,
+        context_length: int,
+        max_active: int,
+        metrics: EngineMetrics,
     ) -> None:
         self._model = model
+        self._metrics = metrics
         self._tokenizer = tokenizer
         self.grammars = grammars
         self._context_length = context_length
@@ -173,6 +209,24 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    def holding(self) -> Holding:
+        """What is held now."""
+        adapters, pool = self._model.adapters, self._model.pool
+        blocks: dict[str, int] = {}
+        if pool is not None:
+            used, kept = pool.num_used, pool.num_kept
+            blocks = {"used": used, "kept": kept, "free": pool.num_blocks - used - kept}
+        return Holding(
+            active=self.num_active,
+            waiting=self.num_waiting,
+            steps=self.num_steps,
+            adapters=len(adapters.digests),
+            adapter_bytes=adapters.size_bytes,
+            adapter_loads=adapters.num_loads,
+            adapter_evictions=adapters.num_evictions,
+            blocks=blocks,
+        )
 
     def check(self, request: EngineRequest) -> None:
         """Refuses what cannot be answered, before it takes a place.
@@ -207,7 +261,7 @@ class Scheduler:
         form of its answer."""
         prompt, vocabulary_size = request.prompt_token_ids, self._model.vocabulary_size
         sampler = Sampler(request.sampling, prompt, vocabulary_size, matcher, self.grammars.bytes_of)
-        self._waiting[key] = Sequence(key, request, receive_time, self._tokenizer, sampler)
+        self._waiting[key] = Sequence(key, request, receive_time, self._tokenizer, sampler, self._metrics)
 
     def steps_of(self, key: Key) -> int:
         """Steps this sequence has completed; 0 when it has not begun or is over."""
@@ -219,7 +273,7 @@ class Scheduler:
         sequence = self._waiting.pop(key, None) or self._active.get(key)
         if sequence is None:
             return
-        self._end(sequence)
+        self._end(sequence, "aborted")
         self.num_aborted += 1
         self.max_steps_after_abort = max(self.max_steps_after_abort, sequence.num_steps - num_steps_at_arrival)
 
@@ -246,15 +300,17 @@ class Scheduler:
         while self._waiting and len(self._active) < self._max_active:
             key, sequence = next(iter(self._waiting.items()))
             try:
-                sequence.place = self._model.open(sequence.request)
+                place = self._model.open(sequence.request)
             except Exception as error:
                 del self._waiting[key]
+                self._end(sequence, "failed")
                 yield Output(key, error=_as_ours(error))
                 continue
-            if sequence.place is None:
+            if place is None:
                 return  # whoever is first in line stays it
             del self._waiting[key]
             self._active[key] = sequence
+            sequence.begin(place)
 
     def _plan(self) -> list[tuple[Sequence, list[int], int]]:
         """What each sequence reads in this step, and how many logits it wants."""
@@ -268,7 +324,9 @@ class Scheduler:
         for sequence in self._active.values():
             if sequence.is_answering:
                 continue
-            sequence.num_read = self._model.find_read(sequence.place, sequence.num_read)
+            num_read = self._model.find_read(sequence.place, sequence.num_read)
+            self._metrics.shared_tokens.inc(num_read - sequence.num_read)
+            sequence.num_read = num_read
             count = min(sequence.num_unread, self._model.piece_tokens, room)
             if not count:
                 break
@@ -285,7 +343,7 @@ class Scheduler:
         except Exception as error:
             output = Output(sequence.key, error=_as_ours(error))
         if output.finished is not None or output.error is not None:
-            self._end(sequence)
+            self._end(sequence, output.finished.finish_reason if output.finished is not None else "failed")
         return output
 
     def _take(self, sequence: Sequence, token_ids: list[int], logits: torch.Tensor) -> Output:
@@ -295,7 +353,7 @@ class Scheduler:
             return Output(sequence.key)
         guessed = token_ids[len(token_ids) - len(logits) + 1 :]
         sequence.num_read += len(token_ids) - len(guessed)
-        text, logprobs = "", []
+        text, logprobs, num_before = "", [], sequence.num_tokens
         for row, guess in zip(logits.to("cpu", torch.float32).numpy(), [*guessed, None], strict=True):
             token, logprob = sequence.sampler.choose(row)
             output = sequence.add(token)
@@ -305,9 +363,15 @@ class Scheduler:
             if output.finished is not None or token != guess:
                 break
             sequence.num_read += 1
+        num_new = sequence.num_tokens - num_before
+        self._metrics.completion_tokens.inc(num_new)
+        if guessed:
+            self._metrics.guessed_tokens.inc(len(guessed))
+            self._metrics.accepted_tokens.inc(num_new - 1)
         return replace(output, text=text, logprobs=tuple(logprobs))
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence, outcome: str) -> None:
+        self._metrics.answers.labels(outcome).inc()
         if self._active.pop(sequence.key, None) is not None:
             self._model.close(sequence.place)
             sequence.place = None

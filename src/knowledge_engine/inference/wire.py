@@ -1,9 +1,9 @@
 """What server and engine say to each other: length-prefixed msgpack frames over a private Unix socket.
 
 A frame is a big-endian 32-bit length and that many bytes of one msgpack map. The client opens with `hello`, the engine
-answers with its own; then the client sends `generate`, `abort`, `unload` and `ping`, the engine `status` (the answer to
-each ping, and whenever its state changes) and `step` (everything one engine step produced). Nothing here is pickled,
-and what a client sends is checked before it is used.
+answers with its own; then the client sends `generate`, `abort`, `unload`, `ping` and `metrics`, the engine `status`
+(the answer to each ping, and whenever its state changes), `step` (everything one engine step produced) and `metrics` (a
+text for Prometheus). Nothing here is pickled, and what a client sends is checked before it is used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgpack  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -67,13 +67,15 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of one of the answers. `completion_tokens` counts the end-of-turn token; the time runs from the engine's
-    receipt of the request to its first token, waiting included."""
+    """The end of one of the answers. `completion_tokens` counts the end-of-turn token; times run from the engine's
+    receipt of the request: until its turn came, to its first token, to its last."""
 
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     time_to_first_token_seconds: float
+    queue_seconds: float
+    total_seconds: float
     choice: int = 0
 
 
@@ -127,11 +129,15 @@ class Ping(_Frame):
     type: Literal["ping"] = "ping"
 
 
-ClientFrame = Annotated[Hello | Generate | Abort | Unload | Ping, Field(discriminator="type")]
-_CLIENT_FRAME: TypeAdapter[Hello | Generate | Abort | Unload | Ping] = TypeAdapter(ClientFrame)
+class AskMetrics(_Frame):
+    type: Literal["metrics"] = "metrics"
 
 
-def parse_client_frame(data: dict[str, Any]) -> Hello | Generate | Abort | Unload | Ping:
+ClientFrame: TypeAlias = Hello | Generate | Abort | Unload | Ping | AskMetrics
+_CLIENT_FRAME: TypeAdapter[ClientFrame] = TypeAdapter(Annotated[ClientFrame, Field(discriminator="type")])
+
+
+def parse_client_frame(data: dict[str, Any]) -> ClientFrame:
     """Checks what a client sent.
 
     Raises:

@@ -13,7 +13,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -27,6 +27,7 @@ from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reas
 from knowledge_engine.inference.client import EngineClient, socket_path
 from knowledge_engine.jobs import Jobs
 from knowledge_engine.leftovers import clean_up, second_chance, sweep_checkpoints
+from knowledge_engine.metrics import METHOD, ServerMetrics
 from knowledge_engine.processes import take_server_lock
 from knowledge_engine.registry import Registry
 from knowledge_engine.server.exports import Exports
@@ -41,6 +42,7 @@ from knowledge_engine.server.services import (
 from knowledge_engine.server.status import Guard
 from knowledge_engine.settings import Settings, load_settings, split_address
 from knowledge_engine.state import State
+from knowledge_engine.tracing import Traces
 from knowledge_engine.training.publishing import sweep_kept
 from knowledge_engine.v1 import (
     datasets_pb2,
@@ -70,6 +72,8 @@ SERVICES = (
 
 _LAST_SECONDS = 3.0
 _STORE_THREADS = 64
+_ENGINE_PATIENCE_SECONDS = 2.0
+"""An engine that answers no scrape within this is told as down; importing torch takes it longer, once."""
 _STORE_PATIENCE_SECONDS = 1.5
 """A caller hears within two seconds that the store does not answer."""
 _OPTIONS = (
@@ -87,12 +91,15 @@ _OPTIONS = (
 class RunningServer:
     """A started server; `port` is the real one. Closed by `stop` or at the end of `async with`."""
 
-    def __init__(self, settings: Settings, server: grpc.aio.Server, port: int, state: State, jobs: Jobs) -> None:
+    def __init__(
+        self, settings: Settings, server: grpc.aio.Server, port: int, state: State, jobs: Jobs, traces: Traces
+    ) -> None:
         self.port = port
         self._settings = settings
         self._server = server
         self._state = state
         self._jobs = jobs
+        self._traces = traces
         self.engine: EngineClient
         self.health: Health
         self.watchman: Watchman
@@ -123,7 +130,7 @@ class RunningServer:
         self._bucket_is_over.set()
         await asyncio.gather(self._server.stop(self._settings.drain_seconds), self._jobs.stop())
         await self.engine.close()
-        await asyncio.to_thread(self._state.close)
+        await asyncio.gather(asyncio.to_thread(self._state.close), asyncio.to_thread(self._traces.close))
 
     async def __aenter__(self) -> Self:
         return self
@@ -165,7 +172,8 @@ async def start_server(settings: Settings) -> RunningServer:
         lock_file,
     )
     texts = Texts(settings)
-    server = grpc.aio.server(interceptors=[Guard(settings.keys)], options=_OPTIONS)
+    metrics, traces = ServerMetrics(), Traces("server")
+    server = grpc.aio.server(interceptors=[Guard(settings.keys, metrics, traces)], options=_OPTIONS)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(
         JobServicer(settings, jobs, state, datasets, registry, texts), server
     )
@@ -174,6 +182,7 @@ async def start_server(settings: Settings) -> RunningServer:
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(registry, engine, texts), server)
     health = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    _add_metrics(server, metrics, engine)
     if settings.reflection:
         _add_reflection(server)
     try:
@@ -184,7 +193,7 @@ async def start_server(settings: Settings) -> RunningServer:
         await jobs.stop()
         state.close()
         raise
-    running = RunningServer(settings, server, port, state, jobs)
+    running = RunningServer(settings, server, port, state, jobs, traces)
     running.engine, running.health = engine, health
     running.watchman = Watchman(settings, health, state, jobs, engine, SERVICES, INFERENCE_SERVICE)
     await engine.start()
@@ -203,6 +212,22 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> int:
             reason=Reason.SETTINGS_INVALID,
             address=settings.grpc_address,
         ) from None
+
+
+def _add_metrics(server: grpc.aio.Server, metrics: ServerMetrics, engine: EngineClient) -> None:
+    """Tells the gateway what server and engine count."""
+
+    async def read(_: bytes, __: Any) -> bytes:
+        text = b""
+        with contextlib.suppress(TimeoutError):
+            text = await asyncio.wait_for(engine.metrics(), _ENGINE_PATIENCE_SECONDS)
+        metrics.engine_up.set(bool(text))
+        metrics.engine_ready.set(engine.status.state == "ready")
+        return metrics.text() + text
+
+    _, service, method = METHOD.split("/")
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(read)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
 
 
 def _add_reflection(server: grpc.aio.Server) -> None:

@@ -7,7 +7,7 @@ import functools
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import IO, Any, Generic, NamedTuple, TypeVar
@@ -39,6 +39,7 @@ from knowledge_engine.server.status import CALLER
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import ChatText, with_context
+from knowledge_engine.tracing import SPAN
 from knowledge_engine.training.estimate import Material, Preflight, Row
 from knowledge_engine.training.material import KINDS, Fit, demand_continuable, divide, fit, read_rows
 from knowledge_engine.v1 import (
@@ -464,10 +465,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         continue
                     first = now if first is None else first
                     yield piece
+            answers = [finished[choice] for choice in range(asked.n)]
+            _trace(asked.model, answers)
             yield core.Completion(
-                finish_reasons=tuple(finished[choice].finish_reason for choice in range(asked.n)),
+                finish_reasons=tuple(answer.finish_reason for answer in answers),
                 prompt_tokens=len(request.prompt_token_ids),
-                completion_tokens=sum(piece.completion_tokens for piece in finished.values()),
+                completion_tokens=sum(answer.completion_tokens for answer in answers),
                 model=asked.model,
                 version=answerer.version if isinstance(answerer, core.ModelVersion) else None,
                 digest=answerer.digest,
@@ -538,6 +541,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 version=version.version,
                 base_model=version.base_model,
             )
+
+
+def _trace(model: str, answers: Sequence[Finished]) -> None:
+    """Tells the call's span what the engine did for it, by the engine's own times."""
+    span = SPAN.get()
+    span.set(
+        {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.request.model": model,
+            "gen_ai.response.finish_reasons": [answer.finish_reason.value for answer in answers],
+            "gen_ai.usage.input_tokens": answers[0].prompt_tokens,
+            "gen_ai.usage.output_tokens": sum(answer.completion_tokens for answer in answers),
+        }
+    )
+    queue = min(answer.queue_seconds for answer in answers)
+    first = min(answer.time_to_first_token_seconds for answer in answers)
+    last = max(answer.total_seconds for answer in answers)
+    span.add_phases({"engine queue": queue, "engine prompt": first - queue, "engine decode": last - first})
 
 
 def _encode(asked: core.GenerationInput, base: Base, text: ChatText) -> list[int]:

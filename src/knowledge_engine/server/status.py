@@ -1,7 +1,8 @@
 """Errors become `google.rpc.Status`: one ErrorInfo each, field violations and retry hints where they apply.
 
-`Guard` is the one interceptor. It checks the caller's key, gives every call a request id, and maps whatever a handler
-raises, before the first message of a stream and after it. What is unexpected reaches the log, never the caller.
+`Guard` is the one interceptor. It checks the caller's key, gives every call a request id, counts and traces it, and
+maps whatever a handler raises, before the first message of a stream and after it. What is unexpected reaches the log,
+never the caller.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import asyncio
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +23,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from knowledge_engine import errors
 from knowledge_engine.errors import AuthenticationError, KnowledgeEngineError, Reason
+from knowledge_engine.metrics import ServerMetrics
+from knowledge_engine.tracing import SPAN, Traces
 
 DOMAIN = "knowledge-engine"
 _LOG = logging.getLogger(__name__)
@@ -46,11 +51,12 @@ CALLER: ContextVar[str] = ContextVar("caller", default="")
 _MAX_VIOLATION_BYTES = 3000
 _MAX_MESSAGE_CHARACTERS = 1000
 _HEALTH = "/grpc.health.v1.Health/"
+_CONTRACT = "/knowledge_engine.v1."
 
 
 def to_status(error: KnowledgeEngineError) -> status_pb2.Status:
     """The error as callers see it."""
-    code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    code = _code_of(error)
     packed = [_packed(error_details_pb2.ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=error.metadata))]
     if error.violations:
         bad_request = error_details_pb2.BadRequest()
@@ -67,6 +73,10 @@ def to_status(error: KnowledgeEngineError) -> status_pb2.Status:
     return status_pb2.Status(code=code.value[0], message=error.message[:_MAX_MESSAGE_CHARACTERS], details=packed)
 
 
+def _code_of(error: KnowledgeEngineError) -> grpc.StatusCode:
+    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+
+
 def _packed(detail: Any) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(detail)
@@ -74,10 +84,13 @@ def _packed(detail: Any) -> any_pb2.Any:
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Authentication, request ids and error mapping for every method; health alone needs no key."""
+    """Authentication, request ids, numbers and error mapping for every method; health alone needs no key, and no
+    count. Calls of the contract are traced."""
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
+    def __init__(self, keys: Mapping[str, str], metrics: ServerMetrics, traces: Traces) -> None:
         self._keys = {name: key.encode() for name, key in keys.items()}
+        self._metrics = metrics
+        self._traces = traces
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
@@ -85,34 +98,37 @@ class Guard(grpc.aio.ServerInterceptor):
             return handler
         sent = handler_call_details.invocation_metadata or ()
         metadata = {key: value for key, value in sent if isinstance(value, str)}
+        method = handler_call_details.method
         if handler.response_streaming:
-            return _with(handler, self._stream(handler.unary_stream or handler.stream_stream, metadata))
-        return _with(handler, self._unary(handler.unary_unary or handler.stream_unary, metadata))
+            return _with(handler, self._stream(handler.unary_stream or handler.stream_stream, method, metadata))
+        return _with(handler, self._unary(handler.unary_unary or handler.stream_unary, method, metadata))
 
-    def _unary(self, behaviour: Any, metadata: Mapping[str, str]) -> Any:
+    def _unary(self, behaviour: Any, method: str, metadata: Mapping[str, str]) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             request_id = self._enter(context, metadata)
             try:
-                CALLER.set(self._caller(metadata))
-                return await behaviour(request, context)
+                with self._watched(context, method, metadata):
+                    CALLER.set(self._caller(metadata))
+                    return await behaviour(request, context)
             except BaseException as error:
                 await _abort(context, error, request_id)
 
         return call
 
-    def _stream(self, behaviour: Any, metadata: Mapping[str, str]) -> Any:
+    def _stream(self, behaviour: Any, method: str, metadata: Mapping[str, str]) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             request_id = self._enter(context, metadata)
             responses: Any = None
             try:
-                CALLER.set(self._caller(metadata))
-                responses = behaviour(request, context)
-                if hasattr(responses, "__aiter__"):
-                    async for response in responses:
-                        yield response
-                else:  # reflection's servicer is a plain generator
-                    for response in responses:
-                        yield response
+                with self._watched(context, method, metadata):
+                    CALLER.set(self._caller(metadata))
+                    responses = behaviour(request, context)
+                    if hasattr(responses, "__aiter__"):
+                        async for response in responses:
+                            yield response
+                    else:  # reflection's servicer is a plain generator
+                        for response in responses:
+                            yield response
             except GeneratorExit:
                 raise
             except BaseException as error:
@@ -129,6 +145,27 @@ class Guard(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata((("x-request-id", request_id),))
         return request_id
 
+    @contextmanager
+    def _watched(
+        self, context: grpc.aio.ServicerContext[Any, Any], method: str, metadata: Mapping[str, str]
+    ) -> Iterator[None]:
+        """Counts, times and traces the call that is served in it."""
+        started = time.monotonic()
+        name = method.removeprefix("/")
+        code, reason = grpc.StatusCode.OK, ""
+        span = self._traces.start_call(name, metadata) if method.startswith(_CONTRACT) else SPAN.get()
+        with self._metrics.active.track_inprogress():
+            try:
+                yield
+            except BaseException as error:
+                code, reason = _outcome(error, context)
+                raise
+            finally:
+                if reason:
+                    self._metrics.errors.labels(name, reason).inc()
+                self._metrics.calls.labels(name, code.name).observe(time.monotonic() - started)
+                span.end(code.name)
+
     def _caller(self, metadata: Mapping[str, str]) -> str:
         if not self._keys:
             return ""
@@ -143,6 +180,18 @@ class Guard(grpc.aio.ServerInterceptor):
         if not matches:
             raise AuthenticationError("this API key is not known here", reason=Reason.API_KEY_INVALID)
         return matches[0]
+
+
+def _outcome(error: BaseException, context: grpc.aio.ServicerContext[Any, Any]) -> tuple[grpc.StatusCode, str]:
+    """The code and the reason with which `error` ends a call."""
+    if isinstance(error, KnowledgeEngineError):
+        return _code_of(error), error.reason.value
+    if isinstance(error, Exception):
+        return grpc.StatusCode.INTERNAL, Reason.INTERNAL.value
+    left = context.time_remaining()
+    if left is not None and left <= 0:
+        return grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE.value
+    return grpc.StatusCode.CANCELLED, Reason.CANCELLED_BY_CLIENT.value
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException, request_id: str) -> None:

@@ -629,8 +629,8 @@ def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Ba
     assert version.chat_template_digest == ChatText.load(bases["llama"]).template_digest
     folder = workshop.registry.folder("shop", 1)
     assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "golden.json", "manifest.json",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert str(workshop.settings.data_dir.parent) not in (folder / "adapter_config.json").read_text()
     base = bases["llama"]

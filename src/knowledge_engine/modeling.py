@@ -399,7 +399,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> 
         raise _corrupt(folder / _CONFIG_FILE, problem) from error
     if problem:
         if wrapped is None:
-            _tuner(tuned).unload()
+            unwrap(tuned)
         else:
             wrapped.delete_adapter(name)
         raise _corrupt(folder / _WEIGHTS_FILE, problem)
@@ -495,6 +495,12 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     with _quiet_peft():
         merged: PreTrainedModel = _tuner(model).merge_and_unload()
     return merged
+
+
+def unwrap(model: PeftModel) -> PreTrainedModel:
+    """The base as it was before its first adapter; `model` is used up."""
+    base: PreTrainedModel = _tuner(model).unload()
+    return base
 
 
 def remove_adapter(model: PeftModel, name: str) -> None:
@@ -605,5 +611,6 @@ __all__ = [
     "select_adapter",
     "serving_precision",
     "training_precision",
+    "unwrap",
     "without_adapter",
 ]

@@ -24,6 +24,7 @@ from knowledge_engine import modeling
 from knowledge_engine.inference import kernels
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.blocks import BlockPool, Table
+from knowledge_engine.inference.golden import MAX_TOKENS
 from knowledge_engine.inference.kernels import BLOCK_TOKENS, Array
 from knowledge_engine.inference.wire import Adapter, EngineRequest
 from knowledge_engine.modeling import AdapterWeights, Int8Weight, PreTrainedModel
@@ -198,8 +199,10 @@ class Int8Model:
             cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
         num_blocks = max(1, cache_bytes // block_bytes)
         self._pool = BlockPool(num_blocks, BLOCK_TOKENS)
-        self._keys = np.zeros((num_layers, num_blocks, num_keys, BLOCK_TOKENS, depth), np.float32)
-        self._values = np.zeros((num_layers, num_blocks, num_keys, depth, BLOCK_TOKENS), np.float32)
+        num_all = num_blocks + -(-MAX_TOKENS // BLOCK_TOKENS)
+        self._spare = list(range(num_blocks, num_all))
+        self._keys = np.zeros((num_layers, num_all, num_keys, BLOCK_TOKENS, depth), np.float32)
+        self._values = np.zeros((num_layers, num_all, num_keys, depth, BLOCK_TOKENS), np.float32)
         self.room_bytes = self._keys.nbytes + self._values.nbytes
 
         max_rows = max_active + PIECE_TOKENS + NUM_DRAFTS
@@ -222,7 +225,7 @@ class Int8Model:
         """Compiles the kernels, or finds them compiled: seconds, which no request should wait."""
         a = np.zeros((4, self._embedding.shape[1]), np.float32)
         part = _Part(a, _NOTHING, np.zeros((1, 3), np.int64), _NOTHING)
-        place = Int8Place(Table([0], []), "", [part, *self._no_parts[1:]])
+        place = self.spare("", [part, *self._no_parts[1:]])
         for num_rows in (1, FEW_ROWS + 1):
             self._pass([(place, 0, [0] * num_rows, num_rows)])
 
@@ -245,6 +248,9 @@ class Int8Model:
         self._pool.close(place.table)
         if place.digest is not None:
             self.adapters.release(place.digest)
+
+    def spare(self, digest: str, content: list[_Part | None]) -> Int8Place:
+        return Int8Place(Table(self._spare, []), digest, content)
 
     def find_read(self, place: Int8Place, num_tokens: int) -> int:
         return self._pool.find_read(place.table, num_tokens)

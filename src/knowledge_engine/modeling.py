@@ -497,10 +497,9 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
-def unwrap(model: PeftModel) -> PreTrainedModel:
-    """The base as it was before its first adapter; `model` is used up."""
-    base: PreTrainedModel = _tuner(model).unload()
-    return base
+def unwrap(model: PeftModel) -> None:
+    """Leaves the base as it was before its first adapter; `model` is used up."""
+    _tuner(model).unload()
 
 
 def remove_adapter(model: PeftModel, name: str) -> None:

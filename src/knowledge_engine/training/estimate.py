@@ -403,7 +403,8 @@ def compute_need(shape: Shape, spec: TrainingSpec, material: Material, base: Bas
 def _memory(
     shape: Shape, spec: TrainingSpec, material: Material, adapter: int, num_steps: int, per_epoch: int, device: str
 ) -> Memory:
-    """All phases: loading, the steps with their checkpoints, and the comparison with the base as it is served.
+    """All phases: loading, the steps with their checkpoints, and with the base as it is served the comparison and the
+    golden values.
 
     On a CPU what was freed stays resident, so the largest phase decides, and what a later phase adds to it.
     """
@@ -421,7 +422,9 @@ def _memory(
         fragmentation = _FUSED_FRAGMENTATION if _is_fused(shape, spec, device) else _FRAGMENTATION
         training = weights + round(fragmentation * work)
         served = max(shape.file_bytes, served)
-    evaluating = served + _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
+    evaluated = _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
+    recorded = adapter + (shape.num_weights if device == devices.CPU else 0)  # the weights once more, in eight bits
+    evaluating = served + max(evaluated, recorded)
     return _range(libraries + max(training, evaluating), shape)
 
 

@@ -172,11 +172,7 @@ def _obtain(
     checkpoints = Checkpoints(context, settings, facts, spec.save_steps)
     start = _start_from(registry, spec)
     summary = _train(context, spec, base, material, start, folder, tracker, device, checkpoints, shortages)
-    precision = modeling.serving_precision(base, device)
-    served = modeling.load_base(base, precision, device)
-    comparison, served = _compare(context, spec, served, material, folder, summary.num_steps, device, precision)
-    _record_golden(context, settings, base, served, folder, precision)
-    del served
+    comparison = _try_out(context, settings, spec, base, material, folder, summary.num_steps, device)
     for name in _TOKENIZER_FILES:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
@@ -294,6 +290,30 @@ def _train(
     return summary
 
 
+def _try_out(
+    context: JobContext,
+    settings: Settings,
+    spec: TrainingSpec,
+    base: Base,
+    material: _Material,
+    folder: Path,
+    num_steps: int,
+    device: str,
+) -> HeldOutComparison | None:
+    """The written adapter on the base as it is served: what `_compare` finds, None without held-out rows; and its
+    golden values, written beside it."""
+    context.report(Progress(phase="evaluating" if material.held_out else "publishing"))
+    failpoint("training.evaluation")
+    precision = modeling.serving_precision(base, device)
+    served = modeling.load_base(base, precision, device)
+    comparison = None
+    if material.held_out:
+        comparison = _compare(context, spec, served, material, folder, num_steps, device, precision)
+    model = serving_model(served, base, precision, settings, lambda detail: None)
+    SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
+    return comparison
+
+
 def _compare(
     context: JobContext,
     spec: TrainingSpec,
@@ -303,12 +323,8 @@ def _compare(
     num_steps: int,
     device: str,
     precision: str,
-) -> tuple[HeldOutComparison | None, modeling.PreTrainedModel]:
-    """Base against tuned model on the held-out rows, None without any; and the base as it was."""
-    if not material.held_out:
-        return None, served
-    context.report(Progress(phase="evaluating"))
-    failpoint("training.evaluation")
+) -> HeldOutComparison:
+    """Base against tuned model on the held-out rows; leaves the base as it was."""
     model = modeling.add_adapter(served, folder, "tuned")
     losses: list[float] = []
     for done, adapter in enumerate((None, "tuned"), 1):
@@ -323,28 +339,14 @@ def _compare(
         demand_finite("the held-out loss", loss, num_steps)
         losses.append(loss)
         context.report(Progress(phase="evaluating", step=done, total_steps=2))
-    comparison = HeldOutComparison(
+    modeling.unwrap(model)
+    return HeldOutComparison(
         base_loss=losses[0],
         tuned_loss=losses[1],
         num_conversations=len(material.held_out),
         num_tokens=sum(map(num_trained, material.held_out)),
         precision=precision,
     )
-    return comparison, modeling.unwrap(model)
-
-
-def _record_golden(
-    context: JobContext,
-    settings: Settings,
-    base: Base,
-    served: modeling.PreTrainedModel,
-    folder: Path,
-    precision: str,
-) -> None:
-    """What the version answers on this base, by the model that will serve it."""
-    context.report(Progress(phase="publishing"))
-    model = serving_model(served, base, precision, settings, lambda detail: None)
-    SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
 
 
 @torch.no_grad()

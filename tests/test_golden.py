@@ -135,6 +135,24 @@ def test_the_first_tokens_are_the_likeliest_ones(published: tuple[Base, str, Ada
         assert found.tolist() == pytest.approx(told.logprobs, abs=0.02)
 
 
+def test_a_first_token_that_is_not_the_likeliest_is_refused(
+    published: tuple[Base, str, Adapter], tmp_path: Path
+) -> None:
+    """However right its log-probability is."""
+    base, precision, adapter = published
+    bad = copied(adapter, tmp_path)
+    golden = Golden.model_validate_json((bad.folder / GOLDEN).read_bytes())
+    asked, told = golden.prompts[0], golden.answers[precision][0]
+    tuned: Any = modeling.add_adapter(modeling.load_base(base, precision, "cpu"), adapter.folder, "tuned")
+    modeling.select_adapter(tuned, "tuned")
+    with torch.no_grad():
+        ids = torch.tensor([[*asked.token_ids, *told.token_ids[:-1]]])
+        second = tuned(ids).logits[0, -1].log_softmax(-1).topk(2)
+    told.token_ids[-1], told.logprobs[-1] = int(second.indices[1]), float(second.values[1])
+    (bad.folder / GOLDEN).write_text(golden.model_dump_json())
+    assert "prompt 1 ('Hi!'): token" in refused(_served(base, precision), bad)
+
+
 def test_a_changed_template_is_refused(published: tuple[Base, str, Adapter], tmp_path: Path) -> None:
     base, precision, adapter = published
     changed = base_in(shutil.copytree(base.folder, tmp_path / "base"))
@@ -260,11 +278,11 @@ def test_what_was_published_without_golden_values_serves_with_one_warning(
     assert caplog.text.count("it serves untested") == 1
 
 
+@pytest.mark.parametrize("published", ["llama"], indirect=True)  # the other has no room that could be full
 def test_a_full_room_is_left_alone(published: tuple[Base, str, Adapter]) -> None:
     base, precision, adapter = published
     model = serve(base, precision)
-    if not isinstance(model, Int8Model):
-        pytest.skip("has no room that others fill")
+    assert isinstance(model, Int8Model)
     place = opened(model, request(TOKENS, max_tokens=model.max_tokens - len(TOKENS)))
     assert model.open(request(TOKENS, adapter)) is None
     (before,) = run(model, (place, 0, TOKENS, len(TOKENS)))

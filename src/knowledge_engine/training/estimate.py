@@ -43,6 +43,8 @@ _MIB = 2**20
 _LIBRARIES_BYTES = {devices.CPU: 900 * _MIB, devices.CUDA: 830 * _MIB}
 """Resident once everything is imported (CPU); context, kernels and cuBLAS workspaces of a process on the device (CUDA).
 Both measured."""
+_INT8_BYTES = 130 * _MIB
+"""numba and its kernels, for golden values in eight bits; measured, as they come compiled."""
 _FRAGMENTATION, _FUSED_FRAGMENTATION = 1.68, 1.35
 """Resident over live bytes of what the loop allocates and frees on the CPU: glibc does not reuse freed aligned blocks
 of the same size. Measured, as are the next; fused layers have fewer blocks."""
@@ -423,7 +425,10 @@ def _memory(
         training = weights + round(fragmentation * work)
         served = max(shape.file_bytes, served)
     evaluated = _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
-    recorded = adapter + (shape.num_weights if device == devices.CPU else 0)  # the weights once more, in eight bits
+    recorded = adapter
+    if device == devices.CPU and shape.is_fusible:  # nearly as `modeling.serving_precision` decides it
+        libraries += _INT8_BYTES
+        recorded += shape.num_weights  # once more, in eight bits
     evaluating = served + max(evaluated, recorded)
     return _range(libraries + max(training, evaluating), shape)
 

@@ -230,9 +230,21 @@ def _change(change: Callable[[Any], object]) -> Callable[[Path], object]:
         _change(lambda answers: answers.pop()),
         _change(lambda answers: answers[0].update(logprobs=[float("nan")] * 20)),
         _change(lambda answers: answers[0].update(token_ids=[1] * 300)),
+        _change(lambda answers: answers[0].update(logprobs=[-1.0] * 250)),
         _change(lambda answers: answers[0].update(more=1)),
     ],
-    ids=["missing", "empty", "nothing", "cut", "huge", "one answer less", "nan", "too long", "more"],
+    ids=[
+        "missing",
+        "empty",
+        "nothing",
+        "cut",
+        "huge",
+        "one answer less",
+        "nan",
+        "too long",
+        "more numbers than tokens",
+        "more",
+    ],
 )
 def test_golden_values_that_cannot_be_read_are_refused_by_file(
     published: tuple[Base, str, Adapter], tmp_path: Path, damage: Callable[[Path], object]
@@ -283,15 +295,17 @@ def test_a_full_room_is_left_alone(published: tuple[Base, str, Adapter]) -> None
     base, precision, adapter = published
     model = serve(base, precision)
     assert isinstance(model, Int8Model)
-    place = opened(model, request(TOKENS, max_tokens=model.max_tokens - len(TOKENS)))
+    tokens = (TOKENS * 7)[: CONTEXT - 1]
+    assert model.max_tokens == 2 * CONTEXT
+    places = [opened(model, request(tokens, caller=caller, max_tokens=1)) for caller in "ab"]
     assert model.open(request(TOKENS, adapter)) is None
-    (before,) = run(model, (place, 0, TOKENS, len(TOKENS)))
-    (first,) = run(model, (place, len(TOKENS) - 1, TOKENS[-1:], 1))
+    for first in range(0, len(tokens), 128):
+        run(model, *((place, first, tokens[first : first + 128], 0) for place in places))
+    last = [(place, len(tokens) - 1, tokens[-1:], 1) for place in places]
+    before = run(model, *last)
     model.adapters.acquire(adapter)
     model.warm_up()
-    (again,) = run(model, (place, len(TOKENS) - 1, TOKENS[-1:], 1))
-    assert torch.equal(first, again)
-    assert torch.equal(before[-1:], again)
+    assert torch.equal(torch.cat(before), torch.cat(run(model, *last)))
 
 
 def test_what_failed_is_tested_again_when_its_files_have_changed_or_it_was_unloaded(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_other_architectures_get_a_sane_estimate(make_settings: Any, tmp_path: P
     folder = build_tiny_base(tmp_path / "base", family if family in FAMILIES else "llama")
     base = prepared(make_settings(base_model=str(folder)))
     known = need(base)
-    assert GIB // 2 < known.memory.expected_bytes < GIB
+    assert GIB // 2 < known.memory.expected_bytes < 1.1 * GIB
     if family not in FAMILIES:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": config["vocab_size"]}))

@@ -39,6 +39,9 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, KnowledgeEngineError, Reason, StateError
+from knowledge_engine.inference.golden import SelfTest
+from knowledge_engine.inference.serving import serving_model
+from knowledge_engine.inference.wire import Adapter
 from knowledge_engine.registry import Registry
 from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings
@@ -629,14 +632,19 @@ def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Ba
     assert version.chat_template_digest == ChatText.load(bases["llama"]).template_digest
     folder = workshop.registry.folder("shop", 1)
     assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "manifest.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "golden.json", "manifest.json",
+        "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert str(workshop.settings.data_dir.parent) not in (folder / "adapter_config.json").read_text()
     base = bases["llama"]
+    text = ChatText.load(base)
+    engine = serving_model(
+        modeling.load_base(base, "int8", "cpu"), base, "int8", workshop.settings, lambda detail: None
+    )
+    engine.adapters.prove = SelfTest(engine, base, text, "int8").demand
+    engine.adapters.acquire(Adapter(version.digest, folder))
     served = modeling.add_adapter(modeling.load_base(base, "int8", "cpu"), folder, "x")
     modeling.select_adapter(served, "x")
-    text = ChatText.load(base)
     rows = [text.encode_example(row.messages) for row in workshop.datasets.conversations("talks")]
     assert mean_loss(served, evaluation_batches(rows, "cpu"), lambda: None)[0] < result.comparison.base_loss
 

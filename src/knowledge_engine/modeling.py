@@ -345,7 +345,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> 
         raise _corrupt(folder / _CONFIG_FILE, problem) from error
     if problem:
         if wrapped is None:
-            _tuner(tuned).unload()
+            unwrap(tuned)
         else:
             wrapped.delete_adapter(name)
         raise _corrupt(folder / _WEIGHTS_FILE, problem)
@@ -441,6 +441,11 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     with _quiet_peft():
         merged: PreTrainedModel = _tuner(model).merge_and_unload()
     return merged
+
+
+def unwrap(model: PeftModel) -> None:
+    """Leaves the base as it was before its first adapter; `model` is used up."""
+    _tuner(model).unload()
 
 
 def remove_adapter(model: PeftModel, name: str) -> None:
@@ -549,5 +554,6 @@ __all__ = [
     "select_adapter",
     "serving_precision",
     "training_precision",
+    "unwrap",
     "without_adapter",
 ]

@@ -1,17 +1,22 @@
 """Which adapters are loaded: by version digest, within a budget of memory, the least recently used idle ones give way.
 
-One that answers is never taken away. Knows nothing of what an adapter is made of; no torch.
+One that answers is never taken away, one that fails its self-test is not kept and not tried again while its files are
+the same. Knows nothing of what an adapter is made of; no torch.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeVar
 
+from knowledge_engine.errors import IntegrityError, Reason, from_dict
 from knowledge_engine.inference.wire import Adapter
 
 T = TypeVar("T")
+
+_Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 class _Entry(Generic[T]):
@@ -23,7 +28,10 @@ class _Entry(Generic[T]):
 
 
 class Adapters(Generic[T]):
-    """`load` gives an adapter and its size in bytes; `remove` frees it."""
+    """`load` gives an adapter and its size in bytes; `remove` frees it. `prove`, where it is set, is asked of each that
+    was loaded before it answers, and raises where it should not."""
+
+    prove: Callable[[Adapter, T], None] | None = None
 
     def __init__(
         self, load: Callable[[Adapter], tuple[T, int]], remove: Callable[[T], None], budget_bytes: int
@@ -32,6 +40,8 @@ class Adapters(Generic[T]):
         self._remove = remove
         self._budget_bytes = budget_bytes
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self._failed: dict[str, tuple[_Stamp, IntegrityError]] = {}
+        """What failed its self-test, by digest, and with which files."""
         self.num_loads = 0
         self.num_evictions = 0
         """Of those that gave way; not of those that were to be forgotten."""
@@ -49,12 +59,11 @@ class Adapters(Generic[T]):
         """Loads the adapter unless it is there, and keeps it until `release`.
 
         Raises:
-            IntegrityError: its files are not what they should be.
+            IntegrityError: its files are not what they should be; SELF_TEST_FAILED.
         """
         entry = self._entries.get(adapter.digest)
         if entry is None:
-            entry = _Entry(*self._load(adapter))
-            self._entries[adapter.digest] = entry
+            entry = self._entries[adapter.digest] = _Entry(*self._load_proven(adapter))
             self.num_loads += 1
         entry.num_users += 1
         self._entries.move_to_end(adapter.digest)
@@ -71,11 +80,30 @@ class Adapters(Generic[T]):
 
     def unload(self, digest: str) -> None:
         """Forgets the adapter, at once or after its last use."""
+        self._failed.pop(digest, None)
         entry = self._entries.get(digest)
         if entry is not None and entry.num_users:
             entry.is_unloading = True
         elif entry is not None:
             self._drop(digest)
+
+    def _load_proven(self, adapter: Adapter) -> tuple[T, int]:
+        stamp = _stamp(adapter.folder)
+        if adapter.digest in self._failed:
+            known, error = self._failed[adapter.digest]
+            if known == stamp:  # loading and testing again would hold up everybody who is being answered
+                raise from_dict(error.to_dict())
+        content, size_bytes = self._load(adapter)
+        try:
+            if self.prove is not None:
+                self.prove(adapter, content)
+        except BaseException as error:
+            self._remove(content)
+            if isinstance(error, IntegrityError) and error.reason is Reason.SELF_TEST_FAILED:
+                self._failed[adapter.digest] = stamp, error
+            raise
+        self._failed.pop(adapter.digest, None)
+        return content, size_bytes
 
     def _make_room(self) -> None:
         idle = [digest for digest, entry in self._entries.items() if not entry.num_users]
@@ -87,3 +115,10 @@ class Adapters(Generic[T]):
 
     def _drop(self, digest: str) -> None:
         self._remove(self._entries.pop(digest).content)
+
+
+def _stamp(folder: Path) -> _Stamp:
+    """Another one when a file in the folder was changed or exchanged."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    stats = [(path.name, path.stat()) for path in paths]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

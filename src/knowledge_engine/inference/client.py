@@ -300,7 +300,7 @@ def _put(
         queue.put_nowait(TextDelta(text, tuple(map(_logprob, logprobs)), choice))
     if finished is not None:
         reason, *facts = finished
-        queue.put_nowait(Finished(FinishReason(reason), *facts[:-1], choice=choice))
+        queue.put_nowait(dataclasses.replace(Finished(FinishReason(reason), *facts), choice=choice))
     if error is not None:
         queue.put_nowait(from_dict(error))
 

@@ -321,14 +321,13 @@ class Engine:
         # OpenMP's threads spin between two operations unless told not to, and read this once. Beside a training job
         # that made decoding ten times slower (0.5 against 5 tokens per second on two cores).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(_num_cores())))
-        if not os.access(Path(__file__).parent, os.W_OK):  # where compiled kernels are kept otherwise
-            os.environ.setdefault("NUMBA_CACHE_DIR", str(self._settings.data_dir.absolute() / "kernels"))
         import torch
 
         from knowledge_engine import modeling
+        from knowledge_engine.inference.golden import SelfTest
         from knowledge_engine.inference.grammar import Grammars
-        from knowledge_engine.inference.scheduler import Model, Scheduler
+        from knowledge_engine.inference.scheduler import Scheduler
+        from knowledge_engine.inference.serving import serving_model
         from knowledge_engine.text import ChatText
 
         if "OMP_NUM_THREADS" not in os.environ:
@@ -336,32 +335,17 @@ class Engine:
         device = modeling.default_device()
         precision = modeling.serving_precision(base, device)
         loaded = modeling.load_base(base, precision, device)
-        settings = self._settings
-        model: Model
-        if precision == modeling.INT8:
-            from knowledge_engine.inference.int8 import Int8Model
 
-            compiled = Int8Model(
-                loaded,
-                base.context_length,
-                settings.max_active_streams,
-                settings.kv_cache_bytes,
-                settings.adapter_cache_bytes,
-            )
-            detail = "compiling for this machine, once"
+        def tell(detail: str) -> None:
             self._post(functools.partial(self._set_status, EngineStatus("loading", detail, base.digest)))
-            compiled.warm_up()
-            model = compiled
-        else:
-            from knowledge_engine.inference.plain import PlainModel
 
-            model = PlainModel(loaded, settings.adapter_cache_bytes)
+        model = serving_model(loaded, base, precision, self._settings, tell)
         del loaded
         text = ChatText.load(base)
+        model.adapters.prove = SelfTest(model, base, text, precision).demand
         grammars = Grammars(text.tokenizer, model.vocabulary_size, text.stop_token_ids)
-        scheduler = Scheduler(
-            model, text.tokenizer, grammars, base.context_length, settings.max_active_streams, self._metrics
-        )
+        max_active = self._settings.max_active_streams
+        scheduler = Scheduler(model, text.tokenizer, grammars, base.context_length, max_active, self._metrics)
         return scheduler, EngineStatus(
             state="ready",
             detail=self._origin,

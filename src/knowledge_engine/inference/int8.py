@@ -24,6 +24,7 @@ from knowledge_engine import modeling
 from knowledge_engine.inference import kernels
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.blocks import BlockPool, Table
+from knowledge_engine.inference.golden import MAX_TOKENS
 from knowledge_engine.inference.kernels import BLOCK_TOKENS, FINE_LEVELS, HALF_LEVELS, PART_FIELDS, Array
 from knowledge_engine.inference.wire import Adapter, EngineRequest
 from knowledge_engine.modeling import AdapterWeights, PreTrainedModel
@@ -221,7 +222,9 @@ class Int8Model:
             cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
         num_blocks = max(1, cache_bytes // block_bytes)
         self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
-        heads = num_layers, num_blocks, num_keys
+        num_all = num_blocks + -(-MAX_TOKENS // BLOCK_TOKENS)
+        self._spare = list(range(num_blocks, num_all))
+        heads = num_layers, num_all, num_keys
         self._cache = kernels.Cache(
             np.zeros((*heads, BLOCK_TOKENS, depth), np.int16),
             np.zeros((*heads, BLOCK_TOKENS), np.float32),
@@ -253,7 +256,7 @@ class Int8Model:
 
     def warm_up(self) -> None:
         """Compiles the kernels, or finds them compiled: seconds, which no request should wait."""
-        place = Int8Place(Table([0], []), None, self._no_part)
+        place = self.spare("", self._no_part)
         for num_rows in (1, FEW_ROWS + 1):
             self._pass([(place, 0, [0] * num_rows, num_rows)])
 
@@ -276,6 +279,9 @@ class Int8Model:
         self.pool.close(place.table)
         if place.digest is not None:
             self.adapters.release(place.digest)
+
+    def spare(self, digest: str, content: _Part) -> Int8Place:
+        return Int8Place(Table(self._spare, []), digest, content)
 
     def find_read(self, place: Int8Place, num_tokens: int) -> int:
         return self.pool.find_read(place.table, num_tokens)

@@ -66,6 +66,9 @@ class PlainModel:
         if place.digest is not None:
             self.adapters.release(place.digest)
 
+    def spare(self, digest: str, content: str) -> PlainPlace:
+        return PlainPlace(DynamicCache(config=self._model.config), digest)
+
     def find_read(self, place: PlainPlace, num_tokens: int) -> int:
         """Nothing is shared here."""
         return num_tokens
@@ -96,10 +99,10 @@ class PlainModel:
                 input_ids=torch.tensor([token_ids], device=self._model.device),
                 past_key_values=place.cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=max(1, num_logits),
             )
-        logits: torch.Tensor = result.logits[0, -1:]
-        return logits[:num_logits]
+        logits: torch.Tensor = result.logits[0]
+        return logits[len(logits) - num_logits :]
 
     def _select(self, digest: str | None) -> None:
         if digest == self._selected or self._tuned is None:

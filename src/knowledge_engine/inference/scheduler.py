@@ -66,6 +66,10 @@ class Model(Protocol):
     def close(self, place: Any) -> None:
         """Gives the place back."""
 
+    def spare(self, digest: str, content: Any) -> Any:
+        """A place beside all others for `golden.MAX_TOKENS` tokens, through an adapter that `adapters` holds. There is
+        one at a time, and nobody closes it."""
+
     def find_read(self, place: Any, num_tokens: int) -> int:
         """How many tokens of the prompt are read, where `num_tokens` were: others may have read the same."""
 

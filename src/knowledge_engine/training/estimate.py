@@ -43,6 +43,8 @@ _MIB = 2**20
 _LIBRARIES_BYTES = {devices.CPU: 900 * _MIB, devices.CUDA: 830 * _MIB}
 """Resident once everything is imported (CPU); context, kernels and cuBLAS workspaces of a process on the device (CUDA).
 Both measured."""
+_INT8_BYTES = 130 * _MIB
+"""numba and its kernels, for golden values in eight bits; measured, as they come compiled."""
 _FRAGMENTATION, _FUSED_FRAGMENTATION = 1.68, 1.35
 """Resident over live bytes of what the loop allocates and frees on the CPU: glibc does not reuse freed aligned blocks
 of the same size. Measured, as are the next; fused layers have fewer blocks."""
@@ -403,7 +405,8 @@ def compute_need(shape: Shape, spec: TrainingSpec, material: Material, base: Bas
 def _memory(
     shape: Shape, spec: TrainingSpec, material: Material, adapter: int, num_steps: int, per_epoch: int, device: str
 ) -> Memory:
-    """All phases: loading, the steps with their checkpoints, and the comparison with the base as it is served.
+    """All phases: loading, the steps with their checkpoints, and with the base as it is served the comparison and the
+    golden values.
 
     On a CPU what was freed stays resident, so the largest phase decides, and what a later phase adds to it.
     """
@@ -421,7 +424,12 @@ def _memory(
         fragmentation = _FUSED_FRAGMENTATION if _is_fused(shape, spec, device) else _FRAGMENTATION
         training = weights + round(fragmentation * work)
         served = max(shape.file_bytes, served)
-    evaluating = served + _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
+    evaluated = _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
+    recorded = adapter
+    if device == devices.CPU and shape.is_fusible:  # nearly as `modeling.serving_precision` decides it
+        libraries += _INT8_BYTES
+        recorded += shape.num_weights  # once more, in eight bits
+    evaluating = served + max(evaluated, recorded)
     return _range(libraries + max(training, evaluating), shape)
 
 

@@ -1,7 +1,8 @@
 """One attempt of a training job: dataset and base in, published version out. Knows the order of things, no mathematics.
 
 loading -> training -> evaluating -> publishing. Base and tuned model are compared as they will be served: the adapter's
-written files on the base in the serving precision.
+written files on the base in the serving precision. On the same base the golden values of the self-test are recorded, by
+the model that serves.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import CredentialsError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.hub import PHASES as HUB_PHASES
+from knowledge_engine.inference.golden import SelfTest
+from knowledge_engine.inference.serving import serving_model
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText, read_template
@@ -169,7 +172,7 @@ def _obtain(
     checkpoints = Checkpoints(context, settings, facts, spec.save_steps)
     start = _start_from(registry, spec)
     summary = _train(context, spec, base, material, start, folder, tracker, device, checkpoints, shortages)
-    comparison = _compare(context, spec, base, material, folder, summary.num_steps, device)
+    comparison = _try_out(context, settings, spec, base, material, folder, summary.num_steps, device)
     for name in _TOKENIZER_FILES:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
@@ -287,8 +290,9 @@ def _train(
     return summary
 
 
-def _compare(
+def _try_out(
     context: JobContext,
+    settings: Settings,
     spec: TrainingSpec,
     base: Base,
     material: _Material,
@@ -296,13 +300,32 @@ def _compare(
     num_steps: int,
     device: str,
 ) -> HeldOutComparison | None:
-    """Base against tuned model on the held-out rows; None without any."""
-    if not material.held_out:
-        return None
-    context.report(Progress(phase="evaluating"))
+    """The written adapter on the base as it is served: what `_compare` finds, None without held-out rows; and its
+    golden values, written beside it."""
+    context.report(Progress(phase="evaluating" if material.held_out else "publishing"))
     failpoint("training.evaluation")
     precision = modeling.serving_precision(base, device)
-    model = modeling.add_adapter(modeling.load_base(base, precision, device), folder, "tuned")
+    served = modeling.load_base(base, precision, device)
+    comparison = None
+    if material.held_out:
+        comparison = _compare(context, spec, served, material, folder, num_steps, device, precision)
+    model = serving_model(served, base, precision, settings, lambda detail: None)
+    SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
+    return comparison
+
+
+def _compare(
+    context: JobContext,
+    spec: TrainingSpec,
+    served: modeling.PreTrainedModel,
+    material: _Material,
+    folder: Path,
+    num_steps: int,
+    device: str,
+    precision: str,
+) -> HeldOutComparison:
+    """Base against tuned model on the held-out rows; leaves the base as it was."""
+    model = modeling.add_adapter(served, folder, "tuned")
     losses: list[float] = []
     for done, adapter in enumerate((None, "tuned"), 1):
         modeling.select_adapter(model, adapter)
@@ -316,6 +339,7 @@ def _compare(
         demand_finite("the held-out loss", loss, num_steps)
         losses.append(loss)
         context.report(Progress(phase="evaluating", step=done, total_steps=2))
+    modeling.unwrap(model)
     return HeldOutComparison(
         base_loss=losses[0],
         tuned_loss=losses[1],

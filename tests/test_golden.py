@@ -33,7 +33,7 @@ from knowledge_engine.settings import Settings
 from knowledge_engine.text import ChatText
 from tests.test_engine import EngineProcess, answer, ask, connected, failure, prompt
 from tests.test_int8 import TOKENS, opened, request, run
-from tests.tiny import CONTEXT, build_tiny_adapter, build_tiny_base
+from tests.tiny import CONTEXT, HEAD_WIDTH, KEY_VALUE_HEADS, LAYERS, build_tiny_adapter, build_tiny_base
 
 PRECISIONS = {"llama": "int8", "gpt2": "float32"}
 
@@ -43,8 +43,12 @@ def base_in(folder: Path, family: str = "llama") -> Base:
 
 
 def model_of(base: Base, precision: str, loaded_in: str | None = None) -> Model:
-    settings = Settings(data_dir=base.folder / "data", max_active_streams=4, kv_cache_bytes=2**20)
+    settings = Settings(data_dir=base.folder / "data", max_active_streams=4, kv_cache_bytes=4 * CONTEXT * TOKEN_BYTES)
     return serving_model(modeling.load_base(base, loaded_in or precision, "cpu"), base, precision, settings, print)
+
+
+TOKEN_BYTES = 2 * (2 * HEAD_WIDTH + 4) * LAYERS * KEY_VALUE_HEADS
+"""Of the keys and values of a token in int8.py."""
 
 
 def serve(base: Base, precision: str, loaded_in: str | None = None) -> Model:
@@ -296,11 +300,11 @@ def test_a_full_room_is_left_alone(published: tuple[Base, str, Adapter]) -> None
     model = serve(base, precision)
     assert isinstance(model, Int8Model)
     tokens = (TOKENS * 7)[: CONTEXT - 1]
-    assert model.max_tokens == 2 * CONTEXT
-    places = [opened(model, request(tokens, caller=caller, max_tokens=1)) for caller in "ab"]
+    assert model.max_tokens == 4 * CONTEXT
+    places = [opened(model, request(tokens, caller=caller, max_tokens=1)) for caller in "abcd"]
     assert model.open(request(TOKENS, adapter)) is None
-    for first in range(0, len(tokens), 128):
-        run(model, *((place, first, tokens[first : first + 128], 0) for place in places))
+    for first in range(0, len(tokens), 64):
+        run(model, *((place, first, tokens[first : first + 64], 0) for place in places))
     last = [(place, len(tokens) - 1, tokens[-1:], 1) for place in places]
     before = run(model, *last)
     model.adapters.acquire(adapter)

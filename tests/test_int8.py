@@ -388,6 +388,29 @@ def test_what_a_form_leaves_no_choice_of_is_guessed(tiny: tuple[Path, modeling.P
     assert steps[1] < steps[0] / 2
 
 
+def test_what_many_begin_alike_is_read_once(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
+    texts = []
+    for together in (False, True):
+        scheduler, model = schedule(tiny)
+        read: list[int] = []
+        forward = model.forward
+        model.forward = lambda pieces, read=read, forward=forward: (  # type: ignore[method-assign]
+            read.append(sum(len(ids) for _, _, ids, _ in pieces if len(ids) > 1)) or forward(pieces)
+        )
+        greedy = SamplingParams(max_tokens=3, temperature=0)
+        asked = [EngineRequest([*TOKENS, *TOKENS[: 20 + n]], greedy, []) for n in range(4)]
+        outputs: list[Any] = []
+        for number, one in enumerate(asked):
+            scheduler.submit((1, number), one, 0.0)
+            if not together:
+                outputs += until_done(scheduler)
+        outputs += until_done(scheduler)
+        texts.append({n: "".join(output.text for output in outputs if output.key == (1, n)) for n in range(4)})
+        shared = len(TOKENS) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert sum(read) == shared + sum(len(one.prompt_token_ids) - shared for one in asked)
+    assert texts[0] == texts[1]
+
+
 def test_what_is_aborted_while_a_step_is_told_leaves_its_room(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
     scheduler, model = schedule(tiny)
     for number in range(4):

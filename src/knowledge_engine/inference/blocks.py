@@ -80,6 +80,10 @@ class BlockPool:
         table.num_named = max(table.num_named, index)
         return index * self.block_tokens
 
+    def names_from(self, table: Table, num_tokens: int) -> list[bytes]:
+        """Of the prompt's whole blocks after its first `num_tokens`; none in the middle of a block."""
+        return [] if num_tokens % self.block_tokens else table.names[num_tokens // self.block_tokens :]
+
     def name_read(self, table: Table, num_tokens: int) -> None:
         """Lets others share the prompt's whole blocks among its first `num_tokens`, which were read."""
         last = min(len(table.names), num_tokens // self.block_tokens)

@@ -318,9 +318,10 @@ class Engine:
         self._lease.expect(base.size_bytes)
         # Here and not above: torch takes seconds to import, and the socket answers meanwhile.
         self._post(functools.partial(self._set_status, EngineStatus("loading", "loading the base model", base.digest)))
-        # OpenMP's threads spin between two operations unless told not to, and read this once. Beside a training job
-        # that made decoding ten times slower (0.5 against 5 tokens per second on two cores).
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # OpenMP reads this once. A pass has 330 loops that threads share; woken for each they take 13 ms of one on two
+        # cores, and spinning without end makes decoding ten times slower beside a training job. So: some microseconds.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         import torch
 
         from knowledge_engine import modeling

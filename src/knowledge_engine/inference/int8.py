@@ -25,7 +25,7 @@ from knowledge_engine.inference import kernels
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.golden import MAX_TOKENS
-from knowledge_engine.inference.kernels import BLOCK_TOKENS, FINE_LEVELS, HALF_LEVELS, PART_FIELDS, Array
+from knowledge_engine.inference.kernels import BLOCK_TOKENS, FINE_LEVELS, HALF_LEVELS, HEAD_STEP, PART_FIELDS, Array
 from knowledge_engine.inference.wire import Adapter, EngineRequest
 from knowledge_engine.modeling import AdapterWeights, PreTrainedModel
 
@@ -33,7 +33,7 @@ PIECE_TOKENS = 256
 """Prompt tokens of one sequence read in one pass; more make no product faster."""
 STEP_TOKENS = 64
 """Prompt tokens read in one pass while others wait for their next token."""
-FEW_ROWS = 24
+FEW_ROWS = 32
 """So many are multiplied by a kernel of our own: torch's are made for more."""
 NUM_DRAFTS = 6
 """Guessed tokens that one pass looks at, of all sequences together: so few cost next to nothing."""
@@ -164,6 +164,7 @@ class Int8Model:
     piece_tokens = PIECE_TOKENS
     step_tokens = STEP_TOKENS
     num_drafts = NUM_DRAFTS
+    block_tokens = BLOCK_TOKENS
 
     def __init__(
         self,
@@ -217,7 +218,8 @@ class Int8Model:
 
         num_heads, num_keys = config.num_attention_heads, config.num_key_value_heads
         width, depth, num_layers = config.hidden_size, attention.head_dim, len(decoder.layers)
-        block_bytes = 2 * (2 * depth + 4) * num_layers * num_keys * BLOCK_TOKENS
+        padded = -(-depth // HEAD_STEP) * HEAD_STEP
+        block_bytes = 2 * (2 * padded + 4) * num_layers * num_keys * BLOCK_TOKENS
         if cache_bytes is None:
             cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
         num_blocks = max(1, cache_bytes // block_bytes)
@@ -226,9 +228,9 @@ class Int8Model:
         self._spare = list(range(num_blocks, num_all))
         heads = num_layers, num_all, num_keys
         self._cache = kernels.Cache(
-            np.zeros((*heads, BLOCK_TOKENS, depth), np.int16),
+            np.zeros((*heads, padded // 2, BLOCK_TOKENS, 2), np.int16),
             np.zeros((*heads, BLOCK_TOKENS), np.float32),
-            np.zeros((*heads, depth, BLOCK_TOKENS), np.int16),
+            np.zeros((*heads, BLOCK_TOKENS // 2, padded, 2), np.int16),
             np.zeros((*heads, BLOCK_TOKENS), np.float32),
         )
         self.room_bytes = sum(array.nbytes for array in self._cache)
@@ -243,7 +245,8 @@ class Int8Model:
             whole_inner=np.empty((max_rows, inner), np.int16),
             units=np.empty(max_rows, np.float32),
             qkv=np.empty((max_rows, of_heads + 2 * num_keys * depth), np.float32),
-            queries=np.empty((max_rows, num_heads, depth), np.float32),
+            queries=np.zeros((max_rows, num_heads, padded), np.int16),
+            query_units=np.empty((max_rows, num_heads), np.float32),
             attended=np.empty((max_rows, of_heads), np.float32),
             gated=np.empty((max_rows, 2 * inner), np.float32),
             inner=np.empty((max_rows, inner), np.float32),
@@ -285,6 +288,9 @@ class Int8Model:
 
     def find_read(self, place: Int8Place, num_tokens: int) -> int:
         return self.pool.find_read(place.table, num_tokens)
+
+    def names_from(self, place: Int8Place, num_tokens: int) -> list[bytes]:
+        return self.pool.names_from(place.table, num_tokens)
 
     def forward(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """One pass for all."""

@@ -4,8 +4,8 @@ Every row is computed by itself and its sums are taken in one order, so that a r
 rows stand beside it, on how a prompt was cut into pieces, or on what was computed before.
 
 Shapes: R rows (one token of one sequence each), H width, N query heads and K key-value heads of width D, I inner width.
-Keys and values lie in blocks of `BLOCK_TOKENS` tokens, as whole numbers of sixteen bits with a unit for every token and
-head; a sequence's table names its blocks in order.
+E is D, rounded up to a multiple of `HEAD_STEP`. Keys and values lie in blocks of `BLOCK_TOKENS` tokens, as whole
+numbers of sixteen bits with a unit for every token and head; a sequence's table names its blocks in order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ HALF_LEVELS = 63
 LEVELS = HALF_LEVELS * 2 * HALF_LEVELS
 """Of a row's numbers, to either side of 0: two such halves, of which the lower one refines the higher."""
 FINE_LEVELS = 32767
-"""Of what is kept and not multiplied as whole numbers: keys, values, adapters."""
+"""Of adapters, which are kept as whole numbers and not multiplied as such."""
+HEAD_STEP = 16
+
+_MOST = 32767
+_LENGTH = 46_300
+"""Of queries and keys as rows of whole numbers: with what rounding adds, the square is below 2^31."""
+_VALUE_LEVELS = 16_383
+_SHARES = 130_000
+"""What the shares of a block add up to, so that their product with values is below 2^31, too."""
 
 _CHUNK = 2048
 """So many products of a row's number and a weight add up to less than 2^31."""
@@ -35,11 +43,14 @@ _F32 = np.float32
 _LARGEST = np.finfo(np.float32).max
 _SMALLEST = _F32(-87.0)  # e to the power of less is no normal number any more
 # Fused multiply-add is the one liberty that the compiler has: it rounds once instead of twice, in every row alike.
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 # Where two ways must give the same, not even that.
 _AS_WRITTEN = _OPTIONS | {"fastmath": False}
 # And here the order of a sum, which it chooses once, for all rows.
 _IN_ANY_ORDER = _OPTIONS | {"fastmath": {"contract", "reassoc", "nsz"}}
+# Only what Python calls is kept on the disk, and nothing kept calls another: what numba 0.68 compiles beside a kept
+# function with a parallel loop crashes once it is kept itself.
+_KEPT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
 
 
 class Linear(NamedTuple):
@@ -86,14 +97,15 @@ class Room(NamedTuple):
     units: Array
     qkv: Array
     queries: Array
+    query_units: Array
     attended: Array
     gated: Array
     inner: Array
 
 
 class Cache(NamedTuple):
-    """Keys (L, blocks, K, BLOCK_TOKENS, D), values (L, blocks, K, D, BLOCK_TOKENS), and their units (L, blocks, K,
-    BLOCK_TOKENS)."""
+    """Keys (L, blocks, K, E / 2, BLOCK_TOKENS, 2), values (L, blocks, K, BLOCK_TOKENS / 2, E, 2), and their units (L,
+    blocks, K, BLOCK_TOKENS): so that sums of pairs are taken side by side, never across."""
 
     keys: Array
     key_units: Array
@@ -116,78 +128,92 @@ class Geometry(NamedTuple):
 _HAS_WIDE = binding.get_host_cpu_features().get("avx512bw", False)
 _LANES = 32 if _HAS_WIDE else 16
 _PAIRS = {32: "llvm.x86.avx512.pmaddw.d.512", 16: "llvm.x86.avx2.pmadd.wd"}[_LANES]
+_AHEAD = 4608
+"""Bytes: about what is read while memory answers."""
 _HAS_PAIRS = _HAS_WIDE or binding.get_host_cpu_features().get("avx2", False)
 
 
-def _make_block(num_rows: int) -> Any:
-    """Sums of products of one row of weights and `num_rows` rows of whole numbers.
+_BYTE, _SHORT, _WORD, _SIZE = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_MANY, _SUMS = ir.VectorType(_SHORT, _LANES), ir.VectorType(_WORD, _LANES // 2)
 
-    Weights are read in the order in which they lie: of several rows in turn memory gives half as much. Compilers do
-    not find the instruction that multiplies sixteen bits in pairs and adds them where a sum is one of many, so it is
-    named here; without it the same sums come from plain vectors.
+
+def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: Any) -> tuple[Any, Any]:
+    """Where an array begins, and the bytes from one of its rows to the next."""
+    struct = context.make_array(kind)(context, builder, array)
+    stride = cgutils.unpack_tuple(builder, struct.strides)[0]
+    return builder.bitcast(struct.data, _BYTE.as_pointer()), stride
+
+
+def _load(builder: ir.IRBuilder, pointer: Any, at: Any, kind: Any, align: int) -> Any:
+    """What lies so many bytes after the pointer."""
+    value = builder.load(builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def _pairs(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """Products of sixteen bits, each added to its neighbour's. Compilers do not find the instruction where a sum is one
+    of many, so it is named; without it the same sums come from plain vectors."""
+    if _HAS_PAIRS:
+        kind = ir.FunctionType(_SUMS, [_MANY, _MANY])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, _PAIRS), [a, b])
+    halves = []
+    for start in (0, 1):
+        mask = ir.Constant(ir.VectorType(_WORD, _LANES // 2), [_WORD(2 * k + start) for k in range(_LANES // 2)])
+        parts = [builder.shuffle_vector(value, ir.Constant(_MANY, ir.Undefined), mask) for value in (a, b)]
+        halves.append(builder.mul(*(builder.sext(part, _SUMS) for part in parts)))
+    return builder.add(*halves)
+
+
+def _make_block(num_outputs: int, num_rows: int) -> Any:
+    """Sums of products of rows of weights and rows of whole numbers, of each of the one with each of the other.
+
+    What of the weights comes next is asked for ahead, in the order in which it lies: several rows in turn are more than
+    a CPU foresees, and come half as fast.
     """
 
     @intrinsic
     def block(typingctx: Any, weight: Any, o: Any, whole: Any, r: Any, first: Any, last: Any, sums: Any) -> Any:
         """weight (O, inputs) from row o, whole (R, inputs) from row r, columns first to last, a multiple of _LANES ->
-        sums (num_rows,) of int32."""
+        sums (num_rows, num_outputs) of int32, flat."""
         size = types.intp
         signature = types.void(weight, size, whole, size, size, size, sums)
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            byte, short, word, size = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-            many, sums = ir.VectorType(short, _LANES), ir.VectorType(word, _LANES // 2)
+            def pointers(index: int, count: int) -> list[Any]:
+                data, stride = _data(context, builder, signature.args[index], args[index])
+                start = args[index + 1]
+                return [builder.gep(data, [builder.mul(stride, builder.add(start, _SIZE(k)))]) for k in range(count)]
 
-            def pointers(array: Any, kind: Any, start: Any, count: int) -> list[Any]:
-                struct = context.make_array(kind)(context, builder, array)
-                stride = cgutils.unpack_tuple(builder, struct.strides)[0]
-                data = builder.bitcast(struct.data, byte.as_pointer())
-                return [builder.gep(data, [builder.mul(stride, builder.add(start, size(k)))]) for k in range(count)]
-
-            def load(pointer: Any, at: Any, width: Any) -> Any:
-                place = builder.bitcast(builder.gep(pointer, [at]), ir.VectorType(width, _LANES).as_pointer())
-                value = builder.load(place)
-                value.align = width.width // 8
-                return builder.sext(value, many) if width is byte else value
-
-            def pairs(a: Any, b: Any) -> Any:
-                if _HAS_PAIRS:
-                    kind = ir.FunctionType(sums, [many, many])
-                    return builder.call(cgutils.get_or_insert_function(builder.module, kind, _PAIRS), [a, b])
-                halves = []
-                for start in (0, 1):
-                    mask = ir.Constant(
-                        ir.VectorType(word, _LANES // 2), [word(2 * k + start) for k in range(_LANES // 2)]
-                    )
-                    parts = [builder.shuffle_vector(value, ir.Constant(many, ir.Undefined), mask) for value in (a, b)]
-                    halves.append(builder.mul(*(builder.sext(part, sums) for part in parts)))
-                return builder.add(*halves)
-
-            (weights,) = pointers(args[0], signature.args[0], args[1], 1)
-            rows = pointers(args[2], signature.args[2], args[3], num_rows)
+            weights, rows = pointers(0, num_outputs), pointers(2, num_rows)
             before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
             builder.branch(loop)
             builder.position_at_end(loop)
-            at = builder.phi(size)
-            totals = [builder.phi(sums) for _ in range(num_rows)]
-            weight = load(weights, at, byte)
-            added = []
-            for total, pointer in zip(totals, rows, strict=True):
-                row = load(pointer, builder.shl(at, size(1)), short)
-                added.append(builder.add(total, pairs(weight, row)))
-            following = builder.add(at, size(_LANES))
+            at = builder.phi(_SIZE)
+            totals = [builder.phi(_SUMS) for _ in range(num_rows * num_outputs)]
+            narrow = ir.VectorType(_BYTE, _LANES)
+            of_weights = [builder.sext(_load(builder, pointer, at, narrow, 1), _MANY) for pointer in weights]
+            of_rows = [_load(builder, pointer, builder.shl(at, _SIZE(1)), _MANY, 2) for pointer in rows]
+            products = [_pairs(builder, weight, row) for row in of_rows for weight in of_weights]
+            added = [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
+            kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
+            prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            for line in range(_AHEAD, _AHEAD + num_outputs * _LANES, 64):
+                ahead = builder.gep(weights[0], [builder.add(builder.mul(at, _SIZE(num_outputs)), _SIZE(line))])
+                builder.call(prefetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
+            following = builder.add(at, _SIZE(_LANES))
             builder.cbranch(builder.icmp_signed("<", following, args[5]), loop, after)
             at.add_incoming(args[4], before)
             at.add_incoming(following, loop)
             for total, more in zip(totals, added, strict=True):
-                total.add_incoming(ir.Constant(sums, None), before)
+                total.add_incoming(ir.Constant(_SUMS, None), before)
                 total.add_incoming(more, loop)
             builder.position_at_end(after)
             name = f"llvm.vector.reduce.add.v{_LANES // 2}i32"
-            reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, [sums]), name)
+            reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_WORD, [_SUMS]), name)
             out = context.make_array(signature.args[6])(context, builder, args[6]).data
             for index, more in enumerate(added):
-                builder.store(builder.call(reduce, [more]), builder.gep(out, [size(index)]))
+                builder.store(builder.call(reduce, [more]), builder.gep(out, [_SIZE(index)]))
             return context.get_dummy_value()
 
         return signature, codegen
@@ -195,7 +221,56 @@ def _make_block(num_rows: int) -> Any:
     return block
 
 
-_block1, _block4, _block8 = _make_block(1), _make_block(4), _make_block(8)
+def _make_strip(num_vectors: int) -> Any:
+    """Sums of pairs side by side, of so many vectors at once."""
+
+    @intrinsic
+    def strip(typingctx: Any, factors: Any, matrix: Any, column: Any, sums: Any) -> Any:
+        """factors (2 N,) of int16, matrix (N, M, 2) of int16 -> sums (M,) of int32, from this column on."""
+        signature = types.void(factors, matrix, types.intp, sums)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            pairs, _ = _data(context, builder, signature.args[0], args[0])
+            data, stride = _data(context, builder, signature.args[1], args[1])
+            shape = context.make_array(signature.args[1])(context, builder, args[1]).shape
+            num_rows = cgutils.unpack_tuple(builder, shape)[0]
+            start = builder.gep(data, [builder.mul(args[2], _SIZE(4))])
+            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            n = builder.phi(_SIZE)
+            totals = [builder.phi(_SUMS) for _ in range(num_vectors)]
+            pair = _load(builder, pairs, builder.mul(n, _SIZE(4)), _WORD, 2)
+            nothing = ir.Constant(_SUMS, ir.Undefined)
+            mask = ir.Constant(ir.VectorType(_WORD, _LANES // 2), [_WORD(0)] * (_LANES // 2))
+            alike = builder.shuffle_vector(builder.insert_element(nothing, pair, _WORD(0)), nothing, mask)
+            factor, row = builder.bitcast(alike, _MANY), builder.mul(n, stride)
+            added = []
+            for k, total in enumerate(totals):
+                value = _load(builder, start, builder.add(row, _SIZE(2 * _LANES * k)), _MANY, 2)
+                added.append(builder.add(total, _pairs(builder, factor, value)))
+            following = builder.add(n, _SIZE(1))
+            builder.cbranch(builder.icmp_signed("<", following, num_rows), loop, after)
+            n.add_incoming(_SIZE(0), before)
+            n.add_incoming(following, loop)
+            for total, more in zip(totals, added, strict=True):
+                total.add_incoming(ir.Constant(_SUMS, None), before)
+                total.add_incoming(more, loop)
+            builder.position_at_end(after)
+            out, _ = _data(context, builder, signature.args[3], args[3])
+            for k, more in enumerate(added):
+                offset = builder.add(builder.mul(args[2], _SIZE(4)), _SIZE(2 * _LANES * k))
+                place = builder.bitcast(builder.gep(out, [offset]), _SUMS.as_pointer())
+                builder.store(more, place).align = 4
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return strip
+
+
+_one, _column, _square = _make_block(1, 1), _make_block(4, 1), _make_block(4, 4)
+_strip1, _strip4 = _make_strip(1), _make_strip(4)
 
 
 @njit(**_AS_WRITTEN)
@@ -204,46 +279,44 @@ def _multiply_tile(whole: Array, linear: Linear, units: Array, y: Array, begin: 
     num_rows, num_inputs = whole.shape
     weight, scales, bias = linear.weight, linear.scales, linear.bias
     even = num_inputs - num_inputs % _LANES
-    sums, totals = np.empty(8, np.int32), np.zeros(8, np.int64)
-    for o in range(begin, end):
+    sums, totals = np.empty(16, np.int32), np.zeros(16, np.int64)
+    o = begin
+    while o < end:
+        num_outputs = 4 if num_rows >= 4 and end - o >= 4 else 1
         r = 0
         while r < num_rows:
-            left = num_rows - r
-            count = 8 if left >= 8 else 4 if left >= 4 else 1
+            count = 4 if num_outputs == 4 and num_rows - r >= 4 else 1
             for first in range(0, even, _CHUNK):
                 last = min(first + _CHUNK, even)
-                if count == 8:
-                    _block8(weight, o, whole, r, first, last, sums)
-                elif count == 4:
-                    _block4(weight, o, whole, r, first, last, sums)
+                if count == 4:
+                    _square(weight, o, whole, r, first, last, sums)
+                elif num_outputs == 4:
+                    _column(weight, o, whole, r, first, last, sums)
                 else:
-                    _block1(weight, o, whole, r, first, last, sums)
-                for k in range(count):
-                    totals[k] += sums[k]
-            for k in range(count):
-                total = totals[k]
-                totals[k] = 0
+                    _one(weight, o, whole, r, first, last, sums)
+                for index in range(count * num_outputs):
+                    totals[index] += sums[index]
+            for index in range(count * num_outputs):
+                row, k = r + index // num_outputs, o + index % num_outputs
+                total = totals[index]
+                totals[index] = 0
                 for i in range(even, num_inputs):
-                    total += np.int32(weight[o, i]) * np.int32(whole[r + k, i])
-                value = _F32(total) * units[r + k] * scales[o]
-                y[r + k, o] = value + bias[o] if len(bias) else value
+                    total += np.int32(weight[k, i]) * np.int32(whole[row, i])
+                value = _F32(total) * units[row] * scales[k]
+                y[row, k] = value + bias[k] if len(bias) else value
             r += count
+        o += num_outputs
 
 
 @njit(parallel=True, **_AS_WRITTEN)
-def multiply_rows(whole: Array, linear: Linear, units: Array, y: Array) -> None:
-    """y (R, O) = whole (R, inputs), in units (R,), times the transpose of the weight, in its scales, plus the bias.
-
-    The weights are read once, as fast as memory gives them.
-    """
+def _multiply_rows(whole: Array, linear: Linear, units: Array, y: Array) -> None:
     num_outputs = len(linear.weight)
     for task in prange((num_outputs + 31) // 32):
         _multiply_tile(whole, linear, units, y, 32 * task, min(32 * (task + 1), num_outputs))
 
 
 @njit(parallel=True, **_OPTIONS)
-def halve_rows(whole: Array, halves: Array) -> None:
-    """whole (R, I) = 2 HALF_LEVELS high + low -> halves (2 R, I), the high ones first."""
+def _halve_rows(whole: Array, halves: Array) -> None:
     num_rows, num_inputs = whole.shape
     for r in prange(num_rows):
         for i in range(num_inputs):
@@ -253,8 +326,7 @@ def halve_rows(whole: Array, halves: Array) -> None:
 
 
 @njit(parallel=True, **_AS_WRITTEN)
-def join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
-    """The products of both halves, sums (2 R, O), as `multiply_rows` gives y (R, O)."""
+def _join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
     num_rows, num_outputs = y.shape
     for r in prange(num_rows):
         for o in range(num_outputs):
@@ -269,15 +341,25 @@ def join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
 @njit(**_IN_ANY_ORDER)
 def _dot4(x: Array, matrix: Array, first: int) -> Any:
     """x (I,) times four rows of matrix (rows, I): x is read once for all of them."""
-    row0, row1, row2, row3 = matrix[first], matrix[first + 1], matrix[first + 2], matrix[first + 3]
     sum0 = sum1 = sum2 = sum3 = _F32(0.0)
     for i in range(len(x)):
         value = x[i]
-        sum0 += value * _F32(row0[i])
-        sum1 += value * _F32(row1[i])
-        sum2 += value * _F32(row2[i])
-        sum3 += value * _F32(row3[i])
+        sum0 += value * _F32(matrix[first, i])
+        sum1 += value * _F32(matrix[first + 1, i])
+        sum2 += value * _F32(matrix[first + 2, i])
+        sum3 += value * _F32(matrix[first + 3, i])
     return sum0, sum1, sum2, sum3
+
+
+@njit(**_OPTIONS)
+def _add_pairs(factors: Array, matrix: Array, sums: Array) -> None:
+    """factors (2 N,), matrix (N, M, 2) -> sums (M,) of int32; M is a multiple of HEAD_STEP."""
+    step = 2 * _LANES
+    for column in range(0, len(sums), _LANES // 2):
+        if column % step == 0 and len(sums) - column >= step:
+            _strip4(factors, matrix, column, sums)
+        elif column >= len(sums) // step * step:
+            _strip1(factors, matrix, column, sums)
 
 
 @njit(inline="always", **_OPTIONS)
@@ -298,22 +380,50 @@ def _exp(x: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _round(x: Array, whole: Array, levels: Any) -> Any:
-    """Rounds a row (I,) to whole numbers within -levels and levels; returns what one of them is worth, which is not a
-    number where one of the row is not finite."""
+def _largest(x: Array) -> Any:
+    """The largest amount in x (I,), or not a number where one of them is not finite."""
     top, is_finite = _F32(0.0), True
     for i in range(len(x)):
         value = abs(x[i])
         top = max(top, value)
         is_finite &= value <= _LARGEST
-    if not is_finite or not top:
+    return top if is_finite else _F32(np.nan)
+
+
+@njit(**_IN_ANY_ORDER)
+def _total(x: Array) -> Any:
+    total = _F32(0.0)
+    for i in range(len(x)):
+        total += x[i]
+    return total
+
+
+@njit(**_OPTIONS)
+def _round_by(x: Array, whole: Array, unit: Any) -> Any:
+    """Rounds a row (I,) to whole numbers of this unit, which it returns; to zeros where that is none."""
+    if not unit > 0:
         whole[:] = 0
-        return _F32(0.0) if is_finite else _F32(np.nan)
-    unit = max(top, _F32(1e-30)) / _F32(levels)
+        return unit
+    unit = max(unit, _F32(1e-34))
     inverse = _F32(1.0) / unit
     for i in range(len(x)):
         whole[i] = np.int16(np.rint(x[i] * inverse))
     return unit
+
+
+@njit(**_OPTIONS)
+def _round(x: Array, whole: Array, levels: Any) -> Any:
+    """Rounds a row (I,) to whole numbers within -levels and levels; returns what one of them is worth."""
+    return _round_by(x, whole, _largest(x) / _F32(levels))
+
+
+@njit(**_OPTIONS)
+def _round_to_length(x: Array, whole: Array) -> Any:
+    """Rounds a row (I,) so that its product with any other rounded so is below 2^31 (Cauchy and Schwarz)."""
+    total = 0.0
+    for i in range(len(x)):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return _round_by(x, whole, max(_largest(x) / _F32(_MOST), _F32(np.sqrt(total) / _LENGTH)))
 
 
 @njit(**_OPTIONS)
@@ -376,11 +486,9 @@ def _adapt(x: Array, y: Array, part: Array, bias: Array) -> None:
         start, size, offset = groups[g, 0], groups[g, 1], groups[g, 2]
         more = y[start : start + size]
         columns = carray(_shorts_at(part[2] + 2 * offset), (4, size))
-        column0, column1, column2, column3 = columns[0], columns[1], columns[2], columns[3]
         for o in range(size):
-            more[o] += (
-                low0 * _F32(column0[o]) + low1 * _F32(column1[o]) + low2 * _F32(column2[o]) + low3 * _F32(column3[o])
-            )
+            high = low0 * _F32(columns[0, o]) + low1 * _F32(columns[1, o])
+            more[o] += high + (low2 * _F32(columns[2, o]) + low3 * _F32(columns[3, o]))
     if part[5]:
         factors = carray(_floats_at(part[5]), len(y))
         for o in range(len(y)):
@@ -401,79 +509,78 @@ def _gate(gated: Array, inner: Array, whole: Array) -> Any:
 
 
 @njit(**_OPTIONS)
-def _store(qkv: Array, geometry: Geometry, position: int, queries: Array, cache: Cache, layer: int, block: int) -> None:
-    """Turns queries and keys by their position (Su et al. 2021, arXiv 2104.09864), puts key and value in their block:
-    qkv ((N + 2 K) D,) -> queries (N, D)."""
-    num_heads, width = queries.shape
-    num_keys = cache.keys.shape[2]
-    half, at = width // 2, position % BLOCK_TOKENS
-    cos, sin = geometry.cos[position], geometry.sin[position]
+def _store(qkv: Array, n: int, r: int, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
+    """Turns queries and keys by their position (Su et al. 2021, arXiv 2104.09864) and rounds them, puts key and value
+    in their block: qkv ((N + 2 K) D,)."""
+    position, block = rows.positions[r], rows.blocks[r]
+    num_heads = room.queries.shape[1]
+    num_keys, half = cache.keys.shape[2], geometry.cos.shape[1]
+    width, at = 2 * half, position % BLOCK_TOKENS
     turned, rounded = np.empty(width, _F32), np.empty(width, np.int16)
     for head in range(num_heads + num_keys):
-        own = qkv[head * width : (head + 1) * width]
+        start = head * width
         for d in range(half):
-            left, right = own[d], own[half + d]
-            turned[d] = left * cos[d] - right * sin[d]
-            turned[half + d] = right * cos[d] + left * sin[d]
+            left, right = qkv[start + d], qkv[start + half + d]
+            turned[d] = left * geometry.cos[position, d] - right * geometry.sin[position, d]
+            turned[half + d] = right * geometry.cos[position, d] + left * geometry.sin[position, d]
         if head < num_heads:
-            queries[head] = turned
-        else:
-            key = head - num_heads
-            cache.key_units[layer, block, key, at] = _round(turned, cache.keys[layer, block, key, at], FINE_LEVELS)
-            start = (head + num_keys) * width
-            unit = _round(qkv[start : start + width], rounded, FINE_LEVELS)
-            cache.value_units[layer, block, key, at] = unit
+            room.query_units[r, head] = _round_to_length(turned, rounded)
             for d in range(width):
-                cache.values[layer, block, key, d, at] = rounded[d]
+                room.queries[r, head, d] = rounded[d]
+            continue
+        key = head - num_heads
+        cache.key_units[n, block, key, at] = _round_to_length(turned, rounded)
+        for d in range(width):
+            cache.keys[n, block, key, d // 2, at, d % 2] = rounded[d]
+        start += num_keys * width
+        cache.value_units[n, block, key, at] = _round(qkv[start : start + width], rounded, _VALUE_LEVELS)
+        for d in range(width):
+            cache.values[n, block, key, at // 2, d, at % 2] = rounded[d]
 
 
 @njit(**_OPTIONS)
-def _attend(
-    queries: Array, cache: Cache, layer: int, key: int, table: Array, end: int, window: int, scaling: Any, out: Array
-) -> None:
-    """Attention of the heads that read one key-value head, queries (N, D), to the tokens before `end`, or to the last
-    `window` of them -> their part of out (N D,). The softmax is taken block by block (Milakov and Gimelshein 2018,
-    arXiv 1805.02867)."""
-    num_heads, width = queries.shape
-    group = num_heads // cache.keys.shape[2]
+def _attend(n: int, r: int, key: int, window: int, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
+    """Attention of the heads that read one key-value head to the tokens up to the row's own, or to the last `window` of
+    them -> their part of `room.attended`. The softmax is taken block by block (Milakov and Gimelshein 2018, arXiv
+    1805.02867)."""
+    num_heads, padded = room.queries.shape[1:]
+    group, width = num_heads // cache.keys.shape[2], 2 * geometry.cos.shape[1]
+    end = rows.positions[r] + 1
     begin = max(0, end - window)
-    scores = np.empty(BLOCK_TOKENS, _F32)
+    scores, shares = np.empty(BLOCK_TOKENS, _F32), np.empty(BLOCK_TOKENS, np.int16)
+    of_scores, of_values = np.empty(BLOCK_TOKENS, np.int32), np.empty(padded, np.int32)
     sums = np.zeros((group, width), _F32)
     tops, totals = np.full(group, _F32(-np.inf)), np.zeros(group, _F32)
     for index in range(begin // BLOCK_TOKENS, (end + BLOCK_TOKENS - 1) // BLOCK_TOKENS):
-        block = table[index]
-        block_keys, block_values = cache.keys[layer, block, key], cache.values[layer, block, key]
-        key_units, value_units = cache.key_units[layer, block, key], cache.value_units[layer, block, key]
+        block = rows.tables[rows.sequences[r], index]
+        keys, values = cache.keys[n, block, key], cache.values[n, block, key]
+        key_units, value_units = cache.key_units[n, block, key], cache.value_units[n, block, key]
         first = max(0, begin - index * BLOCK_TOKENS)
         last = min(BLOCK_TOKENS, end - index * BLOCK_TOKENS)
         for g in range(group):  # the heads that read the same keys and values, while these are at hand
-            query = queries[key * group + g]
-            for t in range(0, BLOCK_TOKENS, 4):
-                scores[t], scores[t + 1], scores[t + 2], scores[t + 3] = _dot4(query, block_keys, t)
-            top = tops[g]
+            head = key * group + g
+            _add_pairs(room.queries[r, head], keys, of_scores)
+            unit, top = room.query_units[r, head] * _F32(geometry.scaling), tops[g]
+            for t in range(BLOCK_TOKENS):
+                scores[t] = _F32(of_scores[t]) * (unit * key_units[t])
             for t in range(first, last):
-                scores[t] *= scaling * key_units[t]
                 top = max(top, scores[t])
             shrink = _exp(tops[g] - top)
-            total = totals[g] * shrink
             for t in range(BLOCK_TOKENS):
                 scores[t] = _exp(min(scores[t] - top, _F32(0.0)))
             scores[:first] = _F32(0.0)
             scores[last:] = _F32(0.0)
+            tops[g], totals[g] = top, totals[g] * shrink + _total(scores)
             for t in range(BLOCK_TOKENS):
-                total += scores[t]
-            tops[g], totals[g] = top, total
-            for t in range(first, last):
                 scores[t] *= value_units[t]
-            for d in range(0, width, 4):
-                sum0, sum1, sum2, sum3 = _dot4(scores, block_values, d)
-                sums[g, d] = sums[g, d] * shrink + sum0
-                sums[g, d + 1] = sums[g, d + 1] * shrink + sum1
-                sums[g, d + 2] = sums[g, d + 2] * shrink + sum2
-                sums[g, d + 3] = sums[g, d + 3] * shrink + sum3
+            unit = max(_largest(scores) / _F32(_MOST), _total(scores) / _F32(_SHARES))
+            _round_by(scores, shares, unit)
+            _add_pairs(shares, values, of_values)
+            for d in range(width):
+                sums[g, d] = sums[g, d] * shrink + _F32(of_values[d]) * unit
     for g in range(group):
         for d in range(width):
-            out[(key * group + g) * width + d] = sums[g, d] / totals[g]
+            room.attended[r, (key * group + g) * width + d] = sums[g, d] / totals[g]
 
 
 # --- what lies between two products -------------------------------------------------------------------------------
@@ -485,8 +592,7 @@ def _of_layer(linear: Linear, n: int) -> Linear:
 
 
 @njit(parallel=True, **_OPTIONS)
-def begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
-    """From `room.x`, the tokens' embeddings, to the first layer's input: `room.normed`, and the same rounded."""
+def _begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
     weight, nothing = layers.first_norms[0], room.y[0, :0]
     units = room.units  # numba loses what a loop sets in a tuple's array
     for r in prange(len(room.x)):
@@ -498,16 +604,14 @@ def begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
 def _store_rows(n: int, bias: Array, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     for r in prange(len(rows.positions)):
         _adapt(room.normed[r], room.qkv[r], rows.parts[r, 4 * n], bias)
-        _store(room.qkv[r], geometry, rows.positions[r], room.queries[r], cache, n, rows.blocks[r])
+        _store(room.qkv[r], n, r, rows, room, cache, geometry)
 
 
 @njit(parallel=True, **_OPTIONS)
-def _attend_rows(n: int, window: int, rows: Rows, room: Room, cache: Cache, scaling: Any) -> None:
+def _attend_heads(n: int, window: int, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     num_keys = cache.keys.shape[2]
     for task in prange(len(rows.positions) * num_keys):
-        r, key = task // num_keys, task % num_keys
-        end, table = rows.positions[r] + 1, rows.tables[rows.sequences[r]]
-        _attend(room.queries[r], cache, n, key, table, end, window, scaling, room.attended[r])
+        _attend(n, task // num_keys, task % num_keys, window, rows, room, cache, geometry)
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -517,16 +621,14 @@ def _round_rows(x: Array, whole: Array, units: Array) -> None:
 
 
 @njit(**_OPTIONS)
-def attend_rows(n: int, layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
-    """From `room.qkv`, the first product of layer n, to `room.attended`, and the same rounded."""
+def _attend_rows(n: int, layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     _store_rows(n, layers.qkv.bias[n], rows, room, cache, geometry)
-    _attend_rows(n, layers.windows[n], rows, room, cache, _F32(geometry.scaling))
+    _attend_heads(n, layers.windows[n], rows, room, cache, geometry)
     _round_rows(room.attended, room.whole_heads, room.units)
 
 
 @njit(parallel=True, **_OPTIONS)
-def close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
-    """From `room.y`, the second product, to `room.normed`, the input of the third, and the same rounded."""
+def _close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
     weight, bias = layers.second_norms[n], layers.o.bias[n]
     units = room.units  # numba loses what a loop sets in a tuple's array
     for r in prange(len(rows.positions)):
@@ -535,8 +637,7 @@ def close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometr
 
 
 @njit(parallel=True, **_OPTIONS)
-def gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
-    """From `room.gated`, the third product, to `room.inner`, and the same rounded."""
+def _gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
     bias = layers.gate_up.bias[n]
     units = room.units  # numba loses what a loop sets in a tuple's array
     for r in prange(len(rows.positions)):
@@ -545,9 +646,7 @@ def gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
 
 
 @njit(parallel=True, **_OPTIONS)
-def end_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
-    """From `room.y`, the fourth product, to `room.normed`, the input of the next layer or of the head, and the same
-    rounded."""
+def _end_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
     bias = layers.down.bias[n]
     weight = layers.first_norms[n + 1] if n + 1 < len(layers.first_norms) else geometry.last_norm
     units = room.units  # numba loses what a loop sets in a tuple's array
@@ -556,16 +655,71 @@ def end_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry)
         units[r] = _norm(room.x[r], room.y[r], weight, geometry.eps, room.normed[r], room.whole[r])
 
 
-@njit(**_OPTIONS)
+# --- what Python calls --------------------------------------------------------------------------------------------
+
+
+@njit(**_KEPT)
+def multiply_rows(whole: Array, linear: Linear, units: Array, y: Array) -> None:
+    """y (R, O) = whole (R, inputs), in units (R,), times the transpose of the weight, in its scales, plus the bias.
+
+    The weights are read once, as fast as memory gives them.
+    """
+    _multiply_rows(whole, linear, units, y)
+
+
+@njit(**_KEPT)
+def halve_rows(whole: Array, halves: Array) -> None:
+    """whole (R, I) = 2 HALF_LEVELS high + low -> halves (2 R, I), the high ones first."""
+    _halve_rows(whole, halves)
+
+
+@njit(**_KEPT)
+def join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
+    """The products of both halves, sums (2 R, O), as `multiply_rows` gives y (R, O)."""
+    _join_rows(sums, linear, units, y)
+
+
+@njit(**_KEPT)
+def begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
+    """From `room.x`, the tokens' embeddings, to the first layer's input: `room.normed`, and the same rounded."""
+    _begin_rows(layers, room, geometry)
+
+
+@njit(**_KEPT)
+def attend_rows(n: int, layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
+    """From `room.qkv`, the first product of layer n, to `room.attended`, and the same rounded."""
+    _attend_rows(n, layers, rows, room, cache, geometry)
+
+
+@njit(**_KEPT)
+def close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
+    """From `room.y`, the second product, to `room.normed`, the input of the third, and the same rounded."""
+    _close_rows(n, layers, rows, room, geometry)
+
+
+@njit(**_KEPT)
+def gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
+    """From `room.gated`, the third product, to `room.inner`, and the same rounded."""
+    _gate_rows(n, layers, rows, room)
+
+
+@njit(**_KEPT)
+def end_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
+    """From `room.y`, the fourth product, to `room.normed`, the input of the next layer or of the head, and the same
+    rounded."""
+    _end_rows(n, layers, rows, room, geometry)
+
+
+@njit(**_KEPT)
 def decode_rows(layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     """All layers, for few rows: from `room.x` to the head's input, in `room.whole`."""
-    begin_rows(layers, room, geometry)
+    _begin_rows(layers, room, geometry)
     for n in range(len(layers.windows)):
-        multiply_rows(room.whole, _of_layer(layers.qkv, n), room.units, room.qkv)
-        attend_rows(n, layers, rows, room, cache, geometry)
-        multiply_rows(room.whole_heads, _of_layer(layers.o, n), room.units, room.y)
-        close_rows(n, layers, rows, room, geometry)
-        multiply_rows(room.whole, _of_layer(layers.gate_up, n), room.units, room.gated)
-        gate_rows(n, layers, rows, room)
-        multiply_rows(room.whole_inner, _of_layer(layers.down, n), room.units, room.y)
-        end_rows(n, layers, rows, room, geometry)
+        _multiply_rows(room.whole, _of_layer(layers.qkv, n), room.units, room.qkv)
+        _attend_rows(n, layers, rows, room, cache, geometry)
+        _multiply_rows(room.whole_heads, _of_layer(layers.o, n), room.units, room.y)
+        _close_rows(n, layers, rows, room, geometry)
+        _multiply_rows(room.whole, _of_layer(layers.gate_up, n), room.units, room.gated)
+        _gate_rows(n, layers, rows, room)
+        _multiply_rows(room.whole_inner, _of_layer(layers.down, n), room.units, room.y)
+        _end_rows(n, layers, rows, room, geometry)

@@ -38,6 +38,7 @@ class PlainModel:
     piece_tokens = PIECE_TOKENS
     step_tokens = sys.maxsize
     num_drafts = 0
+    block_tokens = 1
     max_tokens: int | None = None
     room_bytes = 0
     pool = None
@@ -72,6 +73,9 @@ class PlainModel:
     def find_read(self, place: PlainPlace, num_tokens: int) -> int:
         """Nothing is shared here."""
         return num_tokens
+
+    def names_from(self, place: PlainPlace, num_tokens: int) -> list[bytes]:
+        return []
 
     def forward(
         self, pieces: Sequence[tuple[PlainPlace, int, list[int], int]]

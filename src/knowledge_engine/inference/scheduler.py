@@ -45,6 +45,8 @@ class Model(Protocol):
     """The most prompt tokens, of all, read in one step beside answers under way."""
     num_drafts: int
     """The most guessed tokens that a step looks at."""
+    block_tokens: int
+    """Pieces of prompts end at multiples of it, so that others who begin alike can take them over."""
     vocabulary_size: int
     room_bytes: int
     """Memory set aside for what will be read, and not taken yet."""
@@ -72,6 +74,9 @@ class Model(Protocol):
 
     def find_read(self, place: Any, num_tokens: int) -> int:
         """How many tokens of the prompt are read, where `num_tokens` were: others may have read the same."""
+
+    def names_from(self, place: Any, num_tokens: int) -> list[bytes]:
+        """Of the prompt's blocks from there on: the same names have the same content."""
 
     def forward(self, pieces: list[Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """Reads the pieces; gives for each its index and the logits (wanted, V), or what went wrong."""
@@ -325,16 +330,24 @@ class Scheduler:
             token_ids = [sequence.tokens[-1], *sequence.guess(num_drafts)]
             planned.append((sequence, token_ids, len(token_ids)))
         room = self._model.step_tokens if answering else max(self._model.step_tokens, self._model.piece_tokens)
+        size = self._model.block_tokens
+        being_read: set[bytes] = set()
         for sequence in self._active.values():
             if sequence.is_answering:
                 continue
             num_read = self._model.find_read(sequence.place, sequence.num_read)
             self._metrics.shared_tokens.inc(num_read - sequence.num_read)
             sequence.num_read = num_read
+            names = self._model.names_from(sequence.place, num_read)
+            if names and names[0] in being_read:
+                continue  # and found in the next step
             count = min(sequence.num_unread, self._model.piece_tokens, room)
-            if not count:
-                break
+            if count < sequence.num_unread:
+                count = (num_read + count) // size * size - num_read
+            if count <= 0:
+                continue
             room -= count
+            being_read.update(names[: count // size])
             token_ids = sequence.tokens[sequence.num_read : sequence.num_read + count]
             planned.append((sequence, token_ids, int(count == sequence.num_unread)))
         return planned

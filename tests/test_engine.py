@@ -452,6 +452,28 @@ async def test_idle_adapters_give_way_to_newer_ones(
         assert await text(many[0]) == texts[0]
 
 
+async def test_a_pinned_adapter_stays_until_another_takes_its_pin(
+    small_engines: dict[str, EngineProcess], tmp_path: Path
+) -> None:
+    engine = small_engines["llama"]
+    many = [
+        Adapter(f"sha256:pin{n}", build_tiny_adapter(engine.base, tmp_path / str(n), n, rank=2), "shop" * (n in (0, 9)))
+        for n in range(10)
+    ]
+    async with connected(engine) as client:
+
+        async def loaded(*asked: Adapter) -> tuple[str, ...]:
+            for adapter in asked:
+                await answer(client, ask(prompt(engine), max_tokens=2, adapter=adapter))
+            return (await client.refresh()).adapters
+
+        assert many[0].digest in await loaded(*many[:9])
+        assert many[0].digest not in await loaded(many[9])
+        assert many[9].digest in await loaded(*many[1:9])
+        await client.unload(many[9].digest)
+        assert many[9].digest not in await loaded(many[1])
+
+
 async def test_room_for_what_was_read_is_bounded_and_given_back(small_engines: dict[str, EngineProcess]) -> None:
     async with connected(small_engines["llama"]) as client:
         requests = [ask([number + 5] * 400, max_tokens=500) for number in range(ACTIVE)]

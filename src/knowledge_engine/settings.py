@@ -77,7 +77,9 @@ class Settings(BaseSettings):
     """Memory for keys and values of answers under way and of beginnings worth keeping; taken as it fills. Unset, 1 GiB,
     or one whole context where that is more. Bases that answer through transformers' own forward take what they need."""
     adapter_cache_bytes: int = Field(default=2**30, ge=0)
-    """Memory for loaded adapters; those that answer stay beyond it."""
+    """Memory for loaded adapters; those that answer, and those that are pinned, stay beyond it."""
+    pinned_models: Annotated[tuple[str, ...], NoDecode] = ()
+    """Models whose newest version stays loaded once it has answered, or versions (`name:3`) that do."""
     request_timeout_seconds: float = Field(default=300, gt=0, le=3600)
     drain_seconds: float = Field(default=10, ge=0, le=300)
 
@@ -126,11 +128,20 @@ class Settings(BaseSettings):
             raise ValueError("write an http(s) URL without user, password, query or fragment")
         return value.rstrip("/")
 
-    @field_validator("allowed_origins", mode="before")
+    @field_validator("allowed_origins", "pinned_models", mode="before")
     @classmethod
-    def _origins(cls, value: object) -> object:
+    def _listed(cls, value: object) -> object:
         if isinstance(value, str):
-            return tuple(origin.strip() for origin in value.split(",") if origin.strip())
+            return tuple(entry.strip() for entry in value.split(",") if entry.strip())
+        return value
+
+    @field_validator("pinned_models")
+    @classmethod
+    def _pins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            name, separator, version = entry.partition(":")
+            if not is_name(name) or name == BASE or (separator and not version.isdecimal()):
+                raise ValueError(f"write name,name:version; {entry!r} is neither a model nor a version")
         return value
 
     @field_validator("base_models", mode="before")

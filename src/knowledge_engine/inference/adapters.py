@@ -1,7 +1,7 @@
 """Which adapters are loaded: by version digest, within a budget of memory, the least recently used idle ones give way.
 
-One that answers is never taken away, one that fails its self-test is not kept and not tried again while its files are
-the same. Knows nothing of what an adapter is made of; no torch.
+One that answers or is pinned is never taken away; one that fails its self-test is not kept, and not tried again while
+its files are the same. Knows nothing of what an adapter is made of; no torch.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Adapters(Generic[T]):
         self._remove = remove
         self._budget_bytes = budget_bytes
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self._pinned: dict[str, str] = {}
+        """Digests that stay, by pin."""
         self._failed: dict[str, tuple[_Stamp, IntegrityError]] = {}
         """What failed its self-test, by digest, and with which files."""
         self.num_loads = 0
@@ -65,6 +67,8 @@ class Adapters(Generic[T]):
         if entry is None:
             entry = self._entries[adapter.digest] = _Entry(*self._load_proven(adapter))
             self.num_loads += 1
+        if adapter.pin:
+            self._pinned[adapter.pin] = adapter.digest
         entry.num_users += 1
         self._entries.move_to_end(adapter.digest)
         self._make_room()
@@ -106,7 +110,8 @@ class Adapters(Generic[T]):
         return content, size_bytes
 
     def _make_room(self) -> None:
-        idle = [digest for digest, entry in self._entries.items() if not entry.num_users]
+        kept = set(self._pinned.values())
+        idle = [digest for digest, entry in self._entries.items() if not entry.num_users and digest not in kept]
         for digest in idle:
             if self.size_bytes <= self._budget_bytes:
                 return

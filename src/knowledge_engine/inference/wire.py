@@ -34,12 +34,14 @@ class FrameError(Exception):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A model version's PEFT folder; `digest` is its identity."""
+    """A model version's PEFT folder; `digest` is its identity. It stays loaded until another comes with the same `pin`,
+    unless that is empty."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     digest: str
     folder: Path
+    pin: str = ""
 
 
 @dataclass(frozen=True)

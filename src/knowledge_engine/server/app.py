@@ -179,7 +179,9 @@ async def start_server(settings: Settings) -> RunningServer:
     )
     datasets_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetServicer(settings, datasets, texts), server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(registry, engine, Exports(settings)), server)
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(registry, engine, texts), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceServicer(registry, engine, texts, settings.pinned_models), server
+    )
     health = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     _add_metrics(server, metrics, engine)

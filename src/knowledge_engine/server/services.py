@@ -7,7 +7,7 @@ import functools
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import IO, Any, Generic, NamedTuple, TypeVar
@@ -408,9 +408,12 @@ class ModelServicer(models_pb2_grpc.ModelServiceServicer):
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, registry: Registry, engine: EngineClient, texts: Texts) -> None:
+    def __init__(
+        self, registry: Registry, engine: EngineClient, texts: Texts, pinned_models: Collection[str] = ()
+    ) -> None:
         self._registry = registry
         self._engine = engine
+        self._pinned_models = pinned_models
         self._texts = texts
         self._verified: set[str] = set()
         self._verifying: dict[str, asyncio.Task[None]] = {}
@@ -504,7 +507,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         adapter = None
         if version is not None:
             self._check_servable(version, base, text)
-            adapter = Adapter(digest=version.digest, folder=self._registry.folder(version.model, version.version))
+            asked_for = asked.model if asked.version is None else f"{asked.model}:{asked.version}"
+            adapter = Adapter(
+                digest=version.digest,
+                folder=self._registry.folder(version.model, version.version),
+                pin=asked_for if asked_for in self._pinned_models else "",
+            )
         prompt = _encode(asked, base, text)
         left = base.context_length - len(prompt)
         wanted = asked.max_tokens or min(DEFAULT_MAX_TOKENS, left)

@@ -392,16 +392,16 @@ def overfitting(base: Base, examples: list[Example], work_dir: Path, **changes: 
 
 
 def test_the_best_step_is_published(bases: dict[str, Base], examples: list[Example], tmp_path: Path) -> None:  # noqa: F811
-    _, context, last = overfitting(bases["llama"], examples, tmp_path / "1", eval_steps=1)
+    _, context, last = overfitting(bases["llama"], examples, tmp_path / "1", eval_steps=1, max_steps=12)
     losses = {step.step: step.eval_loss for step in context.steps if step.eval_loss is not None}
     best = min(losses, key=lambda step: losses[step])
-    assert best < 20  # else nothing would be shown here
-    assert (last.published_step, last.num_steps) == (20, 20)
+    assert best < 12  # else nothing would be shown here
+    assert (last.published_step, last.num_steps) == (12, 12)
     kept, context, summary = overfitting(
-        bases["llama"], examples, tmp_path / "2", eval_steps=1, load_best_model_at_end=True
+        bases["llama"], examples, tmp_path / "2", eval_steps=1, max_steps=12, load_best_model_at_end=True
     )
-    assert (summary.published_step, summary.num_steps) == (best, 20)
-    assert any(line.startswith(f"step {best} of 20 is published") for line in context.lines)
+    assert (summary.published_step, summary.num_steps) == (best, 12)
+    assert any(line.startswith(f"step {best} of 12 is published") for line in context.lines)
     until, _, _ = overfitting(bases["llama"], examples, tmp_path / "3", max_steps=best, eval_steps=1)
     assert all(torch.equal(kept[name], until[name]) for name in kept)
 

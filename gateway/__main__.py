@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 
-import uvicorn
-
-from gateway.app import create_app
+from gateway.serving import serve
 from knowledge_engine.errors import KnowledgeEngineError
-from knowledge_engine.settings import load_settings, split_address
+from knowledge_engine.settings import load_settings
 
 _BAD_SETTINGS = 2
 
@@ -24,18 +21,7 @@ def main() -> int:
         return _BAD_SETTINGS
     # uvicorn repeats the signal once it has stopped; the default action would make a clean stop look like a kill.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    host, port = split_address(settings.http_address)
-    uvicorn.run(
-        create_app(settings),
-        host=host,
-        port=port,
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        ws="none",
-        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
-    )
+    serve(settings)
     return 0
 
 

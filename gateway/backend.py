@@ -6,6 +6,7 @@ A call never outlives its caller: when the HTTP client goes away, the call is ca
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cached_property
@@ -48,6 +49,8 @@ class Backend:
         self.metrics = metrics.GatewayMetrics()
         self._address = settings.grpc_address
         self._given = channel
+        self._calls: weakref.WeakSet[grpc.aio.Call] = weakref.WeakSet()
+        self._is_ending = False
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -77,6 +80,18 @@ class Backend:
     def read_metrics(self) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
         return self._channel.unary_unary(metrics.METHOD)
 
+    def follow(self, call: grpc.aio.Call) -> None:
+        """Ends `call` when `end_calls` does, if it is not over by then."""
+        self._calls.add(call)
+        if self._is_ending:
+            call.cancel()
+
+    def end_calls(self) -> None:
+        """Ends every call that is under way; their callers are told that the service is stopping."""
+        self._is_ending = True
+        for call in tuple(self._calls):
+            call.cancel()
+
     async def close(self) -> None:
         """Closes a channel that this object opened, and sends what is left of traces."""
         if self._given is None and "_channel" in self.__dict__:
@@ -97,13 +112,16 @@ class Calls:
     ) -> _A:
         """One answer, or the call's AioRpcError."""
         call = method(message, timeout=self._timeout if deadline else None, metadata=self.metadata)
+        self.server.follow(call)
         async with self.alive(call):
             return await call
 
     def stream(
         self, method: grpc.aio.UnaryStreamMultiCallable[_Q, _A], message: _Q, *, deadline: bool
     ) -> grpc.aio.UnaryStreamCall[_Q, _A]:
-        return method(message, timeout=self._timeout if deadline else None, metadata=self.metadata)
+        call = method(message, timeout=self._timeout if deadline else None, metadata=self.metadata)
+        self.server.follow(call)
+        return call
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -130,6 +148,8 @@ class Calls:
         except asyncio.CancelledError:
             if watcher.done() and not watcher.cancelled():
                 raise client_gone() from None
+            if call.done():
+                raise stopping() from None
             raise
         finally:
             watcher.cancel()
@@ -144,6 +164,17 @@ Call = Annotated[Calls, Depends(Calls)]
 def client_gone() -> ProblemError:
     """Nobody reads it; it ends the request and stands in the log."""
     return ProblemError(499, grpc.StatusCode.CANCELLED, Reason.CANCELLED_BY_CLIENT, "the client closed the request")
+
+
+def stopping() -> ProblemError:
+    """The gateway ends, and this call with it."""
+    return ProblemError(
+        503,
+        grpc.StatusCode.UNAVAILABLE,
+        Reason.SERVER_UNAVAILABLE,
+        "the service is stopping and this request did not end in time; ask again",
+        headers={"Retry-After": "5"},
+    )
 
 
 async def _disconnected(request: Request) -> None:

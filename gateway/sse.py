@@ -16,7 +16,8 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from gateway.problems import rpc_problem
+from gateway.backend import stopping
+from gateway.problems import problem, rpc_problem
 
 HEARTBEAT_SECONDS = 15.0
 _A = TypeVar("_A")
@@ -71,6 +72,11 @@ async def frames(
     except grpc.aio.AioRpcError as error:
         body, _ = rpc_problem(error, request_id)
         yield _frame(Event("error", body.model_dump()))
+    except asyncio.CancelledError:
+        if not call.done():  # else it is not the call that was ended, but this request
+            raise
+        end = stopping()
+        yield _frame(Event("error", problem(end.failure, end.status_code, request_id).model_dump()))
     finally:
         call.cancel()
         if pending is not None:

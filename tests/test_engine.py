@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ from tests.tiny import CONTEXT, VOCABULARY, build_tiny_adapter, build_tiny_base
 
 ACTIVE, WAITING = 4, 16
 STARTUP_SECONDS = 120.0
+ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 class EngineProcess:
@@ -295,6 +296,39 @@ async def test_a_full_engine_refuses_with_a_retry_hint(engine: EngineProcess, cl
         await stream.aclose()
     await until(client, lambda status: status.active == status.waiting == 0)
     assert (await answer(client, ask(prompt(engine), max_tokens=5))).finished.completion_tokens == 5
+
+
+async def test_who_has_the_fewest_answers_is_next(engine: EngineProcess, client: EngineClient) -> None:
+    ended: list[str] = []
+
+    async def whole(caller: str, max_tokens: int) -> None:
+        await answer(client, replace(ask(prompt(engine), max_tokens=max_tokens), caller=caller))
+        ended.append(caller)
+
+    many = [asyncio.create_task(whole("many", 200)) for _ in range(3 * ACTIVE)]
+    await until(client, lambda status: (status.active, status.waiting) == (ACTIVE, 2 * ACTIVE))
+    await asyncio.gather(whole("one", 20), *many)
+    assert ended.index("one") <= ACTIVE
+
+
+async def test_a_caller_has_no_more_than_its_cap(base: Path, tmp_path: Path) -> None:
+    engine = EngineProcess(tmp_path, base, max_streams_per_caller=2)
+    try:
+        async with connected(engine) as client:
+            endless = replace(ask(prompt(engine), max_tokens=900), caller="many")
+            tasks = [asyncio.create_task(answer(client, endless)) for _ in range(2)]
+            await until(client, lambda status: status.active == 2)
+            refused = await failure(client, endless)
+            assert isinstance(refused, CapacityError)
+            assert refused.reason is Reason.CALLER_BUSY
+            assert refused.retry_after_seconds is not None
+            assert (await answer(client, replace(endless, caller="one", sampling=ONE_TOKEN))).finished
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert (await answer(client, replace(endless, sampling=ONE_TOKEN))).finished
+    finally:
+        engine.stop()
 
 
 async def test_stop_strings_cut_the_answer(engine: EngineProcess, client: EngineClient) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,17 @@ def _base(folder: Path) -> Base:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("word", ["a kettle, ", "<|im_end|>", "é🙂 "])
+def test_what_exceeds_a_context_is_seen_without_encoding_it_all(chatml: ChatText, word: str) -> None:
+    messages = _conversation(*[f" {word * 30}\n"] * 9)
+    num_tokens = len(chatml.encode_prompt(messages))
+    assert not chatml.exceeds(messages, num_tokens)
+    assert chatml.exceeds(messages, num_tokens // 2)
+    began = time.monotonic()
+    assert chatml.exceeds(_conversation(*[word * 500] * 199), 8192)
+    assert time.monotonic() - began < 2  # encoding it takes a minute
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,8 @@ class Reason(StrEnum):
     # CapacityError
     QUEUE_FULL = "QUEUE_FULL"
     ENGINE_BUSY = "ENGINE_BUSY"
+    CALLER_BUSY = "CALLER_BUSY"
+    READER_STALLED = "READER_STALLED"
     DISK_FULL = "DISK_FULL"
     # UpstreamError
     ENGINE_UNAVAILABLE = "ENGINE_UNAVAILABLE"

@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     """Memory of the device that trainings may count on; unset, all that the machine or its container has."""
     max_active_streams: int = Field(default=16, ge=1, le=1024)
     max_waiting_streams: int = Field(default=64, ge=0, le=4096)
+    max_streams_per_caller: int | None = Field(default=None, ge=1)
+    """The most answers, under way or waiting, of one API key; unset, as many as there is room for."""
     kv_cache_bytes: int | None = Field(default=None, ge=2**20)
     """Memory for keys and values of answers under way and of beginnings worth keeping; taken as it fills. Unset, 1 GiB,
     or one whole context where that is more. Bases that answer through transformers' own forward take what they need."""
@@ -81,6 +83,8 @@ class Settings(BaseSettings):
     pinned_models: Annotated[tuple[str, ...], NoDecode] = ()
     """Models whose newest version stays loaded once it has answered, or versions (`name:3`) that do."""
     request_timeout_seconds: float = Field(default=300, gt=0, le=3600)
+    write_timeout_seconds: float = Field(default=30, gt=0, le=3600)
+    """How long a caller may leave unread what fills its connection before the call ends."""
     drain_seconds: float = Field(default=10, ge=0, le=300)
 
     openai_api_key: SecretStr | None = _secret("KNOWLEDGE_OPENAI_API_KEY", "OPENAI_API_KEY")

@@ -108,7 +108,7 @@ class Supervisor:
             pass
 
     def stop(self) -> None:
-        """Ends gateway, server, engine in turn, gracefully within a bound, then hard, and whatever they left.
+        """Ends gateway and server, then the engine, gracefully within a bound, then hard, and whatever they left.
 
         A signal while it works makes it hurry.
         """
@@ -118,7 +118,11 @@ class Supervisor:
                 self._watcher.join()
             self._note_descendants()
             drain = self.settings.drain_seconds
-            bounds = {"gateway": drain + 3, "server": 2 * drain + 7, "engine": ENGINE_STOP_SECONDS}
+            bounds = {"gateway": drain + 5, "server": drain + 8, "engine": ENGINE_STOP_SECONDS}
+            # These two drain side by side: the gateway's streams are the server's calls.
+            for name in ("gateway", "server"):
+                if (process := self._parts[name].process) is not None:
+                    _ask_to_end(process)
             for name in STOP_ORDER:
                 if (process := self._parts[name].process) is not None:
                     end_child(process, bounds[name], hurry)
@@ -212,8 +216,7 @@ def start_child(
 def end_child(process: subprocess.Popen[bytes], bound_seconds: float, hurry: threading.Event | None = None) -> None:
     """SIGTERM to the child, which ends its own children; SIGKILL to its whole group after the bound."""
     if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+        _ask_to_end(process)
         deadline = time.monotonic() + bound_seconds
         while process.poll() is None and time.monotonic() < deadline and not (hurry and hurry.is_set()):
             time.sleep(0.02)
@@ -221,6 +224,11 @@ def end_child(process: subprocess.Popen[bytes], bound_seconds: float, hurry: thr
     process.wait()
     if process.stdin is not None:
         process.stdin.close()
+
+
+def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
 
 
 def _kill_group(leader: int) -> None:

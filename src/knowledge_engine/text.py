@@ -220,6 +220,20 @@ class ChatText:
         rendered = self._render(messages, True)
         return self._encode(rendered, [start for start, _ in self._turns(messages, rendered.text)]).ids
 
+    def exceeds(self, messages: Sequence[Message], most: int) -> bool:
+        """Whether the messages alone have more than `most` tokens: found as soon as it is, where encoding would look at
+        every turn of a chat anew. What is near `most` is said not to exceed it."""
+        num_tokens = 0
+        for message in messages:
+            content = message.content.strip()  # as templates may
+            for start in range(0, len(content), _PIECE_CHARACTERS):
+                piece = content[start : start + _PIECE_CHARACTERS]
+                (encoding,) = self._plain.encode_batch_fast([piece], add_special_tokens=False)
+                num_tokens += max(0, len(encoding) - _SEAM_TOKENS)
+                if num_tokens > most:
+                    return True
+        return False
+
     def encode_example(self, messages: Sequence[Message]) -> Example:
         """Token ids of a whole conversation; trained are the assistant's turns up to their end-of-turn token, but for
         those of weight 0.
@@ -341,10 +355,8 @@ class ChatText:
     def _encode_part(self, rendered: _Rendered, start: int, end: int) -> tuple[list[int], list[tuple[int, int]]]:
         text = rendered.text[start:end]
         quoted = [(max(a, start) - start, min(b, end) - start) for a, b in rendered.quoted if a < end and b > start]
-        masked = text
-        for first, last in quoted:
-            masked = masked[:first] + chr(_STAND_IN_FIRST) * (last - first) + masked[last:]
-        encoding = self.tokenizer.encode(masked, add_special_tokens=False)
+        # One alone would hold the interpreter until it is done: half a second for a megabyte.
+        (encoding,) = self.tokenizer.encode_batch([_masked(text, quoted)], add_special_tokens=False)
         tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
         if quoted:
             tokens = self._reencode(text, tokens, quoted)
@@ -370,7 +382,20 @@ class ChatText:
         return done
 
 
+def _masked(text: str, quoted: Sequence[tuple[int, int]]) -> str:
+    """The text with stand-ins for its quoted parts, which come in order."""
+    pieces, position = [], 0
+    for first, last in quoted:
+        pieces += [text[position:first], chr(_STAND_IN_FIRST) * (last - first)]
+        position = last
+    return "".join([*pieces, text[position:]])
+
+
 _Token = tuple[int, tuple[int, int]]
+
+_PIECE_CHARACTERS = 2**15
+_SEAM_TOKENS = 4
+"""What cutting a text may add to its tokens, generously."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class EngineClient:
 
         Raises:
             UpstreamError: ENGINE_UNAVAILABLE, BASE_MODEL_LOADING.
-            CapacityError: ENGINE_BUSY.
+            CapacityError: ENGINE_BUSY, CALLER_BUSY.
             InvalidSpecError: PROMPT_TOO_LONG, or token ids the base does not have.
             IntegrityError: the adapter cannot be loaded.
         """

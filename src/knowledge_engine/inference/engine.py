@@ -86,7 +86,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._scheduler: Scheduler | None = None  # set once the model is ready; called only in its thread
         self._connections: dict[int, asyncio.StreamWriter] = {}
-        self._requests: set[Key] = set()
+        self._requests: dict[Key, str] = {}  # whose each is
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
         self._forming: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
@@ -178,12 +178,12 @@ class Engine:
         if key in self._requests:
             raise FrameError(f"request {frame.id} is under way already")
         try:
-            scheduler = self._ready_scheduler()
+            scheduler = self._ready_scheduler(frame.request.caller)
             scheduler.check(frame.request)
         except KnowledgeEngineError as error:
             self._refuse(key, error)
             return
-        self._requests.add(key)
+        self._requests[key] = frame.request.caller
         receive_time = time.monotonic()
         if frame.request.sampling.json_schema is None and frame.request.sampling.regex is None:
             self._commands.put(lambda scheduler: scheduler.submit(key, frame.request, receive_time))
@@ -197,7 +197,7 @@ class Engine:
         try:
             matcher = await self._loop.run_in_executor(self._compiler, scheduler.grammars.compile, request.sampling)
         except KnowledgeEngineError as error:
-            self._requests.discard(key)
+            self._requests.pop(key, None)
             self._refuse(key, error)
             return
         if key in self._requests:  # else aborted meanwhile
@@ -207,7 +207,7 @@ class Engine:
         self._metrics.refusals.labels(error.reason).inc()
         self._send(key[0], {"type": "step", "outputs": [[key[1], "", None, error.to_dict(), ()]]})
 
-    def _ready_scheduler(self) -> Scheduler:
+    def _ready_scheduler(self, caller: str) -> Scheduler:
         if self._scheduler is None:
             raise UpstreamError(
                 "The base model is not loaded yet.",
@@ -223,12 +223,19 @@ class Engine:
                 max_active_streams=active,
                 max_waiting_streams=waiting,
             )
+        cap = self._settings.max_streams_per_caller
+        if cap is not None and list(self._requests.values()).count(caller) >= cap:
+            raise CapacityError(
+                f"{cap} answers of this caller are under way or wait; no more can.",
+                reason=Reason.CALLER_BUSY,
+                retry_after_seconds=RETRY_SECONDS,
+                max_streams_per_caller=cap,
+            )
         return self._scheduler
 
     def _abort(self, key: Key) -> None:
-        if key not in self._requests:
+        if self._requests.pop(key, None) is None:
             return
-        self._requests.discard(key)
         if self._scheduler is not None:
             num_steps = self._scheduler.steps_of(key)
             self._commands.put(lambda scheduler: scheduler.abort(key, num_steps))
@@ -251,7 +258,7 @@ class Engine:
             number, request = output.key
             finished, error = output.finished, output.error
             if finished is not None or error is not None:
-                self._requests.discard(output.key)
+                del self._requests[output.key]
             frames[number].append(
                 [
                     request,

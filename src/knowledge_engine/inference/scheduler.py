@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -180,7 +181,8 @@ class Sequence:
 
 
 class Scheduler:
-    """Takes up to `max_active` sequences forward together; the rest wait in the order they came."""
+    """Takes up to `max_active` sequences forward together; of the rest, the first of the caller with the fewest of them
+    is next, so that nobody waits for another's hundred."""
 
     def __init__(
         self,
@@ -307,7 +309,8 @@ class Scheduler:
 
     def _admit(self) -> Iterator[Output]:
         while self._waiting and len(self._active) < self._max_active:
-            key, sequence = next(iter(self._waiting.items()))
+            active = Counter(sequence.request.caller for sequence in self._active.values())
+            key, sequence = min(self._waiting.items(), key=lambda item: active[item[1].request.caller])
             try:
                 place = self._model.open(sequence.request)
             except Exception as error:
@@ -316,7 +319,7 @@ class Scheduler:
                 yield Output(key, error=_as_ours(error))
                 continue
             if place is None:
-                return  # whoever is first in line stays it
+                return  # whose turn it is waits for room
             del self._waiting[key]
             self._active[key] = sequence
             sequence.begin(place)

@@ -71,6 +71,10 @@ SERVICES = (
 )
 
 _LAST_SECONDS = 3.0
+_LAST_WORDS_SECONDS = 1.0
+"""For calls that did not end in time: their callers are told."""
+_OVERTIME_SECONDS = 4.5
+"""A server whose calls, workers or chores do not end ends without them so long after the drain."""
 _STORE_THREADS = 64
 _ENGINE_PATIENCE_SECONDS = 2.0
 """An engine that answers no scrape within this is told as down; importing torch takes it longer, once."""
@@ -92,11 +96,19 @@ class RunningServer:
     """A started server; `port` is the real one. Closed by `stop` or at the end of `async with`."""
 
     def __init__(
-        self, settings: Settings, server: grpc.aio.Server, port: int, state: State, jobs: Jobs, traces: Traces
+        self,
+        settings: Settings,
+        server: grpc.aio.Server,
+        guard: Guard,
+        port: int,
+        state: State,
+        jobs: Jobs,
+        traces: Traces,
     ) -> None:
         self.port = port
         self._settings = settings
         self._server = server
+        self._guard = guard
         self._state = state
         self._jobs = jobs
         self._traces = traces
@@ -128,9 +140,14 @@ class RunningServer:
         await self.health.enter_graceful_shutdown()
         self.watchman.stop()
         self._bucket_is_over.set()
-        await asyncio.gather(self._server.stop(self._settings.drain_seconds), self._jobs.stop())
+        await asyncio.gather(self._drain(), self._jobs.stop())
         await self.engine.close()
         await asyncio.gather(asyncio.to_thread(self._state.close), asyncio.to_thread(self._traces.close))
+
+    async def _drain(self) -> None:
+        """No new calls; those under way end by themselves, or else with an error that says why."""
+        await self._guard.drain(self._settings.drain_seconds)
+        await self._server.stop(_LAST_WORDS_SECONDS)
 
     async def __aenter__(self) -> Self:
         return self
@@ -173,7 +190,8 @@ async def start_server(settings: Settings) -> RunningServer:
     )
     texts = Texts(settings)
     metrics, traces = ServerMetrics(), Traces("server")
-    server = grpc.aio.server(interceptors=[Guard(settings.keys, metrics, traces)], options=_OPTIONS)
+    guard = Guard(settings.keys, metrics, traces, settings.write_timeout_seconds)
+    server = grpc.aio.server(interceptors=[guard], options=_OPTIONS)
     jobs_pb2_grpc.add_JobServiceServicer_to_server(
         JobServicer(settings, jobs, state, datasets, registry, texts), server
     )
@@ -195,7 +213,7 @@ async def start_server(settings: Settings) -> RunningServer:
         await jobs.stop()
         state.close()
         raise
-    running = RunningServer(settings, server, port, state, jobs, traces)
+    running = RunningServer(settings, server, guard, port, state, jobs, traces)
     running.engine, running.health = engine, health
     running.watchman = Watchman(settings, health, state, jobs, engine, SERVICES, INFERENCE_SERVICE)
     await engine.start()
@@ -258,7 +276,7 @@ async def serve(settings: Settings) -> None:
     _LOG.info("stopping")
     # A handler that swallows its cancellation must not keep the process alive.
     loop = asyncio.get_running_loop()
-    watchdog = loop.call_later(2 * settings.drain_seconds + 5, os._exit, 1)
+    watchdog = loop.call_later(settings.drain_seconds + _OVERTIME_SECONDS, os._exit, 0)
     with contextlib.suppress(asyncio.CancelledError):
         await running.stop()
     watchdog.cancel()

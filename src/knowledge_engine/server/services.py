@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import secrets
 import tempfile
@@ -346,7 +347,9 @@ def _registry_threads() -> ThreadPoolExecutor:
 
 
 async def _in(threads: ThreadPoolExecutor, call: Callable[..., _Answer], *arguments: object) -> _Answer:
-    return await asyncio.get_running_loop().run_in_executor(threads, call, *arguments)
+    # In the call's context: there stands who calls.
+    run = contextvars.copy_context().run
+    return await asyncio.get_running_loop().run_in_executor(threads, run, call, *arguments)
 
 
 class ModelServicer(models_pb2_grpc.ModelServiceServicer):
@@ -575,6 +578,8 @@ def _encode(asked: core.GenerationInput, base: Base, text: ChatText) -> list[int
     characters = sum(len(message.content) for message in messages)
     if characters > base.context_length * 64:
         raise _too_long(characters // 64, 1, base.context_length)
+    if characters > base.context_length and text.exceeds(messages, base.context_length):
+        raise _too_long(base.context_length, 1, base.context_length)
     return text.encode_prompt(messages)
 
 

@@ -2,7 +2,7 @@
 
 `Guard` is the one interceptor. It checks the caller's key, gives every call a request id, counts and traces it, and
 maps whatever a handler raises, before the first message of a stream and after it. What is unexpected reaches the log,
-never the caller.
+never the caller. It ends a stream whose caller does not read, and at the server's end those that are still under way.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,7 +22,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from knowledge_engine import errors
-from knowledge_engine.errors import AuthenticationError, KnowledgeEngineError, Reason
+from knowledge_engine.errors import AuthenticationError, CapacityError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.metrics import ServerMetrics
 from knowledge_engine.tracing import SPAN, Traces
 
@@ -48,6 +48,10 @@ CODES: Mapping[type[KnowledgeEngineError], grpc.StatusCode] = {
 CALLER: ContextVar[str] = ContextVar("caller", default="")
 """Name of the API key of the call being served; empty without keys."""
 
+_LAST_WORD_SECONDS = 0.5
+"""A status waits behind what its caller has not read; the call is over without it, and gRPC delivers it or not."""
+_RESTART_SECONDS = 5.0
+"""When to ask again a server that is ending."""
 _MAX_VIOLATION_BYTES = 3000
 _MAX_MESSAGE_CHARACTERS = 1000
 _HEALTH = "/grpc.health.v1.Health/"
@@ -87,10 +91,26 @@ class Guard(grpc.aio.ServerInterceptor):
     """Authentication, request ids, numbers and error mapping for every method; health alone needs no key, and no
     count. Calls of the contract are traced."""
 
-    def __init__(self, keys: Mapping[str, str], metrics: ServerMetrics, traces: Traces) -> None:
+    def __init__(
+        self, keys: Mapping[str, str], metrics: ServerMetrics, traces: Traces, write_timeout_seconds: float
+    ) -> None:
         self._keys = {name: key.encode() for name, key in keys.items()}
         self._metrics = metrics
         self._traces = traces
+        self._write_timeout_seconds = write_timeout_seconds
+        self._running: set[asyncio.Task[Any]] = set()
+        self._is_draining = False
+
+    async def drain(self, seconds: float) -> None:
+        """Refuses new calls, waits for those under way, and after so long ends them; health goes on answering.
+
+        All are told to come back. The server itself, once it is stopped, would only say CANCELLED.
+        """
+        self._is_draining = True
+        if self._running:
+            _, late = await asyncio.wait(self._running, timeout=seconds)
+            for task in late:
+                task.cancel()
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
@@ -107,7 +127,7 @@ class Guard(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             request_id = self._enter(context, metadata)
             try:
-                with self._watched(context, method, metadata):
+                with self._watched(context, method, metadata), self._ended():
                     CALLER.set(self._caller(metadata))
                     return await behaviour(request, context)
             except BaseException as error:
@@ -116,28 +136,56 @@ class Guard(grpc.aio.ServerInterceptor):
         return call
 
     def _stream(self, behaviour: Any, method: str, metadata: Mapping[str, str]) -> Any:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        # No generator itself: one that is cancelled before its first message, or while that is sent, is left open.
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             request_id = self._enter(context, metadata)
-            responses: Any = None
             try:
-                with self._watched(context, method, metadata):
+                with self._watched(context, method, metadata), self._ended():
                     CALLER.set(self._caller(metadata))
                     responses = behaviour(request, context)
                     if hasattr(responses, "__aiter__"):
-                        async for response in responses:
-                            yield response
+                        async with aclosing(responses):
+                            async for response in responses:
+                                await self._write(context, response)
                     else:  # reflection's servicer is a plain generator
                         for response in responses:
-                            yield response
-            except GeneratorExit:
-                raise
+                            await self._write(context, response)
             except BaseException as error:
                 await _abort(context, error, request_id)
-            finally:
-                if hasattr(responses, "aclose"):
-                    await responses.aclose()
 
         return call
+
+    async def _write(self, context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
+        """Returns once there is room for the next message."""
+        try:
+            async with asyncio.timeout(self._write_timeout_seconds):
+                await context.write(response)
+        except TimeoutError:
+            raise CapacityError(
+                f"nothing of this answer was read for {self._write_timeout_seconds:g} s",
+                reason=Reason.READER_STALLED,
+                seconds=self._write_timeout_seconds,
+            ) from None
+        except grpc.aio.BaseError:  # the caller went a moment ago, and our cancellation is under way
+            raise asyncio.CancelledError from None
+
+    @contextmanager
+    def _ended(self) -> Iterator[None]:
+        """Lets `drain` refuse or end what is served in it, with an error."""
+        task = asyncio.current_task()
+        assert task is not None
+        if self._is_draining:
+            raise _stopping()
+        self._running.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._is_draining:
+                raise
+            task.uncancel()
+            raise _stopping() from None
+        finally:
+            self._running.discard(task)
 
     def _enter(self, context: grpc.aio.ServicerContext[Any, Any], metadata: Mapping[str, str]) -> str:
         given = metadata.get("x-request-id", "")
@@ -182,6 +230,12 @@ class Guard(grpc.aio.ServerInterceptor):
         return matches[0]
 
 
+def _stopping() -> UpstreamError:
+    return UpstreamError(
+        "the server is stopping; ask again", reason=Reason.SERVER_UNAVAILABLE, retry_after_seconds=_RESTART_SECONDS
+    )
+
+
 def _outcome(error: BaseException, context: grpc.aio.ServicerContext[Any, Any]) -> tuple[grpc.StatusCode, str]:
     """The code and the reason with which `error` ends a call."""
     if isinstance(error, KnowledgeEngineError):
@@ -216,7 +270,11 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExcepti
     context.set_trailing_metadata(
         (("x-request-id", request_id), ("grpc-status-details-bin", status.SerializeToString()))
     )
-    await context.abort(code, status.message)
+    try:
+        async with asyncio.timeout(_LAST_WORD_SECONDS):
+            await context.abort(code, status.message)
+    except TimeoutError:
+        raise asyncio.CancelledError from None
 
 
 def _with(handler: Any, behaviour: Any) -> Any:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from knowledge_engine.core import SamplingParams
 from knowledge_engine.errors import InvalidSpecError, Violation
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
@@ -70,6 +72,8 @@ class Matcher:
         Raises:
             InvalidSpecError: none may, or finding out takes more than is allowed.
         """
+        import numpy as np  # the server, which only checks forms, has none
+
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error() or (self._matcher.is_stopped() and not self._matcher.is_accepting()):
             raise _refused(self._field, self._matcher.get_error() or "nothing has this form")

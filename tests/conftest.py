@@ -1,6 +1,9 @@
 """What many tests need: a tiny base, settings for a private service, a running server on a free port."""
 
+import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,19 @@ for _name in [name for name in os.environ if name.startswith("KNOWLEDGE_") or na
 
 # Two tests share the cores: threads that spin while they wait slow each other down tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles the serving kernels before workers share the cores, once for what their source says."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None) or not hasattr(config, "cache"):
+        return
+    root = Path(__file__).parent.parent
+    source = root / "src" / "knowledge_engine" / "inference" / "kernels.py"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    if config.cache.get("kernels/compiled", "") != digest:
+        subprocess.run([sys.executable, "-m", "tests.compile_kernels"], cwd=root, check=True)
+        config.cache.set("kernels/compiled", digest)
 
 
 @pytest.fixture(scope="session")

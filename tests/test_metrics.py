@@ -65,7 +65,7 @@ class Running(NamedTuple):
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whose long answers take seconds."""
     folder = tmp_path_factory.mktemp("base")
-    return build_random_llama(folder, width=256, inner=512, layers=4, heads=4, key_value_heads=2, vocabulary=8192)
+    return build_random_llama(folder, width=512, inner=1536, layers=12, heads=8, key_value_heads=8, vocabulary=8192)
 
 
 @pytest.fixture(scope="module")

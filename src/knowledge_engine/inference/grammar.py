@@ -44,12 +44,7 @@ def check_form(sampling: SamplingParams, prefix: str) -> None:
     if form is None:
         return
     field, text = form
-    try:
-        grammar = _grammar(field, text)
-        failure = LLMatcher.validate_grammar(grammar, limits=_LIMITS)
-    except ValueError as error:
-        failure = str(error)
-    if failure:
+    if failure := LLMatcher.validate_grammar(_grammar(field, text, prefix), limits=_LIMITS):
         raise _refused(prefix + field, failure)
 
 
@@ -80,8 +75,13 @@ class Matcher:
         return np.unpackbits(bits, count=self._vocabulary_size, bitorder="little").view(bool)
 
     def take(self, token: int) -> None:
-        """The answer goes on with this token, which the mask allowed."""
-        self._matcher.consume_token(token)
+        """The answer goes on with this token, which the mask allowed.
+
+        Raises:
+            InvalidSpecError: going on takes more than is allowed; a matcher that failed would say that it is complete.
+        """
+        if not self._matcher.consume_token(token):
+            raise _refused(self._field, self._matcher.get_error() or "the answer has left it")
 
     def forced(self) -> list[int]:
         """Tokens that most likely come next, as the form allows no other characters."""
@@ -129,17 +129,21 @@ def _form(sampling: SamplingParams) -> tuple[str, str] | None:
     return ("regex", sampling.regex) if sampling.regex is not None else None
 
 
-def _grammar(field: str, text: str) -> str:
+def _grammar(field: str, text: str, prefix: str = "") -> str:
+    """Raises InvalidSpecError: what is not even JSON."""
     if field == "regex":
         return str(LLMatcher.grammar_from_regex(text))
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
+        raise _refused(prefix + field, "not JSON") from None
     if not isinstance(schema, dict):
-        raise ValueError("not a JSON object")
+        raise _refused(prefix + field, "not a JSON object")
     schema.pop("x-guidance", None)  # the library's own options, which would undo ours
-    return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE))
+    try:
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_STYLE))
+    except ValueError as error:
+        raise _refused(prefix + field, str(error)) from None
 
 
 def _refused(field: str, failure: str) -> InvalidSpecError:

@@ -13,7 +13,7 @@ import pytest
 
 from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import _ALIASES, Settings
-from knowledge_engine.storage import Bucket
+from knowledge_engine.storage import READ_SECONDS, Bucket
 from tests.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
 from tests.seaweed import seaweed as start_seaweed
@@ -105,13 +105,13 @@ def s3_settings(make_settings: Callable[..., Settings], seaweed: Seaweed) -> Cal
 
 @pytest.fixture
 def make_bucket(s3_settings: Callable[..., Settings]) -> Iterator[Callable[..., Bucket]]:
-    """Buckets that wait no longer than a test should; arguments change their settings."""
+    """Buckets as patient as they are in service, or as `read_seconds` says; other arguments change their settings."""
     opened: dict[tuple[tuple[str, Any], ...], Bucket] = {}
 
-    def make(**changes: Any) -> Bucket:
-        key = tuple(sorted(changes.items()))
+    def make(*, read_seconds: float = READ_SECONDS, **changes: Any) -> Bucket:
+        key = (("read_seconds", read_seconds), *sorted(changes.items()))
         if key not in opened:  # a client takes a while to make
-            opened[key] = Bucket(s3_settings(**changes), connect_seconds=1, read_seconds=1)
+            opened[key] = Bucket(s3_settings(**changes), connect_seconds=1, read_seconds=read_seconds)
         return opened[key]
 
     yield make

@@ -107,12 +107,12 @@ class _Linear:
         kernels.join_rows(sums.numpy(), linear, units, y)
 
     def part(self, n: int, weights: dict[str, AdapterWeights]) -> list[Array]:
-        """What an adapter has for this product of a layer: a, b, units, groups and, of DoRA, factors; empty for
+        """What an adapter has for this product of a layer: a, b, units, modules and, of DoRA, factors; empty for
         nothing."""
         rows: list[Array] = []
         columns: list[Array] = []
         units: list[Array] = []
-        groups: list[tuple[int, int, int]] = []
+        adapted: list[tuple[int, int, int, int]] = []
         factors = torch.ones(sum(self.sizes))
         is_dora = False
         starts = itertools.accumulate(self.sizes, initial=0)
@@ -122,8 +122,7 @@ class _Linear:
             padding = -len(own.a) % 4
             whole_a, units_a = _round_finely(nn.functional.pad(own.a, (0, 0, 0, padding)))
             whole_b, units_b = _round_finely(nn.functional.pad(own.b.t(), (0, 0, 0, padding)))
-            first = sum(array.size for array in columns)
-            groups += ((start, size, first + g * size) for g in range(0, len(whole_a), 4))
+            adapted.append((start, size, len(whole_a), sum(array.size for array in columns)))
             rows.append(whole_a)
             columns.append(whole_b.ravel())
             units.append(units_a * units_b * np.float32(own.scaling))
@@ -135,7 +134,7 @@ class _Linear:
                 factors[start : start + size] = own.magnitude / torch.linalg.vector_norm(whole, dim=1)
         if not rows:
             return []
-        part = [np.concatenate(rows), np.concatenate(columns), np.concatenate(units), np.array(groups, np.int64)]
+        part = [np.concatenate(rows), np.concatenate(columns), np.concatenate(units), np.array(adapted, np.int64)]
         return [*part, factors.numpy()] if is_dora else part
 
 
@@ -315,9 +314,9 @@ class Int8Model:
             tables[index, : len(place.table.blocks)] = place.table.blocks
         sequences = np.repeat(np.arange(len(pieces)), lengths)
         positions = np.concatenate([np.arange(start, start + len(ids)) for _, start, ids, _ in pieces])
-        parts = np.stack([place.part.table for place, *_ in pieces])[sequences]
+        parts = np.stack([place.part.table for place, *_ in pieces])
         blocks = tables[sequences, positions // BLOCK_TOKENS]
-        rows = kernels.Rows(positions, sequences, tables, blocks, parts)
+        rows = kernels.Rows(positions, sequences, tables, blocks, parts, *_tasks(pieces, lengths))
         room = kernels.Room(*(array[:num_rows] for array in self._room))
         room.x[:] = self._embedding[[token for _, _, token_ids, _ in pieces for token in token_ids]]
         if num_rows <= FEW_ROWS:
@@ -353,10 +352,29 @@ class Int8Model:
             for index, linear in enumerate(self._linears):
                 arrays = linear.part(n, weights)
                 if arrays:
-                    part.table[4 * n + index, 0] = len(arrays[3])
-                    part.table[4 * n + index, 1 : 1 + len(arrays)] = [array.ctypes.data for array in arrays]
+                    sizes = len(arrays[3]), len(arrays[0])
+                    own = [*sizes, *(array.ctypes.data for array in arrays)]
+                    part.table[4 * n + index, : len(own)] = own
                     part.arrays.extend(arrays)
         return part, part.size_bytes
+
+
+def _tasks(pieces: Sequence[_Piece], lengths: Sequence[int]) -> tuple[Array, Array]:
+    """`order` and `tasks` of `kernels.Rows`: rows of one adapter are taken together, what is read of it serves all;
+    few enough that every thread has some."""
+    starts = list(itertools.accumulate(lengths, initial=0))
+    of_part: dict[int, list[int]] = {}
+    for index, (place, *_) in enumerate(pieces):
+        of_part.setdefault(id(place.part), []).extend(range(starts[index], starts[index + 1]))
+    most = max(1, min(4, starts[-1] // kernels.num_threads()))
+    tasks = [0]
+    for rows in of_part.values():
+        left = len(rows)
+        while left:
+            size = next(size for size in (4, 2, 1) if size <= min(left, most))
+            tasks.append(tasks[-1] + size)
+            left -= size
+    return np.array([row for rows in of_part.values() for row in rows]), np.array(tasks)
 
 
 def _window(attention: Any, config: Any) -> int | None:

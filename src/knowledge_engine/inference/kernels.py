@@ -10,11 +10,12 @@ numbers of sixteen bits with a unit for every token and head; a sequence's table
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import carray, njit, prange, types
+from numba import carray, get_num_threads, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -40,7 +41,8 @@ _CHUNK = 2048
 Array = np.ndarray[Any, Any]
 
 _F32 = np.float32
-_LARGEST = np.finfo(np.float32).max
+_AMOUNT, _INFINITE, _LEAST = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(-0x80000000)
+_SIGN = np.int32(31)
 _SMALLEST = _F32(-87.0)  # e to the power of less is no normal number any more
 # Fused multiply-add is the one liberty that the compiler has: it rounds once instead of twice, in every row alike.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
@@ -75,14 +77,20 @@ class Layers(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a pass is of: for every row its position, the row of `tables` (S, blocks) that its sequence has, and the
-    block that its own token goes to. `parts` (R, 4 L, PART_FIELDS) says what its adapter has for every product."""
+    """What a pass is of: for every row its position, the sequence it is of, and the block that its token goes to; for
+    every sequence its blocks, `tables` (S, blocks), and what its adapter has for every product, `parts` (S, 4 L,
+    PART_FIELDS).
+
+    Task t takes the rows order[tasks[t]] to order[tasks[t + 1]] (T + 1,): one, two or four, all of one adapter.
+    """
 
     positions: Array
     sequences: Array
     tables: Array
     blocks: Array
     parts: Array
+    order: Array
+    tasks: Array
 
 
 class Room(NamedTuple):
@@ -135,6 +143,9 @@ _HAS_PAIRS = _HAS_WIDE or binding.get_host_cpu_features().get("avx2", False)
 
 _BYTE, _SHORT, _WORD, _SIZE = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _MANY, _SUMS = ir.VectorType(_SHORT, _LANES), ir.VectorType(_WORD, _LANES // 2)
+_WIDTH, _TILE = 16, 32
+"""Floating-point numbers side by side, on every CPU, and outputs of an adapter at once."""
+_WIDE = ir.VectorType(ir.FloatType(), _WIDTH)
 
 
 def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: Any) -> tuple[Any, Any]:
@@ -165,6 +176,42 @@ def _pairs(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
     return builder.add(*halves)
 
 
+def _sum_up(
+    builder: ir.IRBuilder, bounds: tuple[Any, Any, int], totals: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+) -> list[Any]:
+    """A loop over an index (from, to, by), taken once at least: what `body` makes of the index and the totals so far,
+    in the end."""
+    begin, end, step = bounds
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    at = builder.phi(_SIZE)
+    sums = [builder.phi(total.type) for total in totals]
+    added = body(at, sums)
+    following = builder.add(at, _SIZE(step))
+    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+    at.add_incoming(begin, before)
+    at.add_incoming(following, loop)
+    for total, first, more in zip(sums, totals, added, strict=True):
+        total.add_incoming(first, before)
+        total.add_incoming(more, loop)
+    builder.position_at_end(after)
+    return added
+
+
+def _pointers(context: Any, builder: ir.IRBuilder, kind: Any, array: Any, first: Any, count: int) -> list[Any]:
+    """Where the rows of an array begin, so many from the first on."""
+    data, stride = _data(context, builder, kind, array)
+    return [builder.gep(data, [builder.mul(stride, builder.add(first, _SIZE(k)))]) for k in range(count)]
+
+
+def _everywhere(builder: ir.IRBuilder, value: Any, count: int) -> Any:
+    """A vector with this value in every place."""
+    nothing = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    mask = ir.Constant(ir.VectorType(_WORD, count), [_WORD(0)] * count)
+    return builder.shuffle_vector(builder.insert_element(nothing, value, _WORD(0)), nothing, mask)
+
+
 def _make_block(num_outputs: int, num_rows: int) -> Any:
     """Sums of products of rows of weights and rows of whole numbers, of each of the one with each of the other.
 
@@ -180,40 +227,28 @@ def _make_block(num_outputs: int, num_rows: int) -> Any:
         signature = types.void(weight, size, whole, size, size, size, sums)
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            def pointers(index: int, count: int) -> list[Any]:
-                data, stride = _data(context, builder, signature.args[index], args[index])
-                start = args[index + 1]
-                return [builder.gep(data, [builder.mul(stride, builder.add(start, _SIZE(k)))]) for k in range(count)]
-
-            weights, rows = pointers(0, num_outputs), pointers(2, num_rows)
-            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            at = builder.phi(_SIZE)
-            totals = [builder.phi(_SUMS) for _ in range(num_rows * num_outputs)]
+            weights = _pointers(context, builder, signature.args[0], args[0], args[1], num_outputs)
+            rows = _pointers(context, builder, signature.args[2], args[2], args[3], num_rows)
             narrow = ir.VectorType(_BYTE, _LANES)
-            of_weights = [builder.sext(_load(builder, pointer, at, narrow, 1), _MANY) for pointer in weights]
-            of_rows = [_load(builder, pointer, builder.shl(at, _SIZE(1)), _MANY, 2) for pointer in rows]
-            products = [_pairs(builder, weight, row) for row in of_rows for weight in of_weights]
-            added = [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
             kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
             prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            for line in range(_AHEAD, _AHEAD + num_outputs * _LANES, 64):
-                ahead = builder.gep(weights[0], [builder.add(builder.mul(at, _SIZE(num_outputs)), _SIZE(line))])
-                builder.call(prefetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
-            following = builder.add(at, _SIZE(_LANES))
-            builder.cbranch(builder.icmp_signed("<", following, args[5]), loop, after)
-            at.add_incoming(args[4], before)
-            at.add_incoming(following, loop)
-            for total, more in zip(totals, added, strict=True):
-                total.add_incoming(ir.Constant(_SUMS, None), before)
-                total.add_incoming(more, loop)
-            builder.position_at_end(after)
+
+            def body(at: Any, totals: list[Any]) -> list[Any]:
+                of_weights = [builder.sext(_load(builder, pointer, at, narrow, 1), _MANY) for pointer in weights]
+                of_rows = [_load(builder, pointer, builder.shl(at, _SIZE(1)), _MANY, 2) for pointer in rows]
+                products = [_pairs(builder, weight, row) for row in of_rows for weight in of_weights]
+                for line in range(_AHEAD, _AHEAD + num_outputs * _LANES, 64):
+                    ahead = builder.gep(weights[0], [builder.add(builder.mul(at, _SIZE(num_outputs)), _SIZE(line))])
+                    builder.call(prefetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
+                return [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
+
+            nothing = [ir.Constant(_SUMS, None)] * (num_rows * num_outputs)
+            totals = _sum_up(builder, (args[4], args[5], _LANES), nothing, body)
             name = f"llvm.vector.reduce.add.v{_LANES // 2}i32"
             reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_WORD, [_SUMS]), name)
             out = context.make_array(signature.args[6])(context, builder, args[6]).data
-            for index, more in enumerate(added):
-                builder.store(builder.call(reduce, [more]), builder.gep(out, [_SIZE(index)]))
+            for index, total in enumerate(totals):
+                builder.store(builder.call(reduce, [total]), builder.gep(out, [_SIZE(index)]))
             return context.get_dummy_value()
 
         return signature, codegen
@@ -221,47 +256,38 @@ def _make_block(num_outputs: int, num_rows: int) -> Any:
     return block
 
 
-def _make_strip(num_vectors: int) -> Any:
-    """Sums of pairs side by side, of so many vectors at once."""
+def _make_strip(num_rows: int, num_vectors: int) -> Any:
+    """Sums of pairs side by side, of so many vectors at once: what is read of the matrix serves all rows."""
 
     @intrinsic
-    def strip(typingctx: Any, factors: Any, matrix: Any, column: Any, sums: Any) -> Any:
-        """factors (2 N,) of int16, matrix (N, M, 2) of int16 -> sums (M,) of int32, from this column on."""
-        signature = types.void(factors, matrix, types.intp, sums)
+    def strip(typingctx: Any, factors: Any, r: Any, matrix: Any, column: Any, sums: Any) -> Any:
+        """factors (R, 2 N) of int16 from row r, matrix (N, M, 2) of int16 -> sums (R, M) of int32 from this column."""
+        signature = types.void(factors, types.intp, matrix, types.intp, sums)
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-            pairs, _ = _data(context, builder, signature.args[0], args[0])
-            data, stride = _data(context, builder, signature.args[1], args[1])
-            shape = context.make_array(signature.args[1])(context, builder, args[1]).shape
-            num_rows = cgutils.unpack_tuple(builder, shape)[0]
-            start = builder.gep(data, [builder.mul(args[2], _SIZE(4))])
-            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            n = builder.phi(_SIZE)
-            totals = [builder.phi(_SUMS) for _ in range(num_vectors)]
-            pair = _load(builder, pairs, builder.mul(n, _SIZE(4)), _WORD, 2)
-            nothing = ir.Constant(_SUMS, ir.Undefined)
-            mask = ir.Constant(ir.VectorType(_WORD, _LANES // 2), [_WORD(0)] * (_LANES // 2))
-            alike = builder.shuffle_vector(builder.insert_element(nothing, pair, _WORD(0)), nothing, mask)
-            factor, row = builder.bitcast(alike, _MANY), builder.mul(n, stride)
-            added = []
-            for k, total in enumerate(totals):
-                value = _load(builder, start, builder.add(row, _SIZE(2 * _LANES * k)), _MANY, 2)
-                added.append(builder.add(total, _pairs(builder, factor, value)))
-            following = builder.add(n, _SIZE(1))
-            builder.cbranch(builder.icmp_signed("<", following, num_rows), loop, after)
-            n.add_incoming(_SIZE(0), before)
-            n.add_incoming(following, loop)
-            for total, more in zip(totals, added, strict=True):
-                total.add_incoming(ir.Constant(_SUMS, None), before)
-                total.add_incoming(more, loop)
-            builder.position_at_end(after)
-            out, _ = _data(context, builder, signature.args[3], args[3])
-            for k, more in enumerate(added):
-                offset = builder.add(builder.mul(args[2], _SIZE(4)), _SIZE(2 * _LANES * k))
-                place = builder.bitcast(builder.gep(out, [offset]), _SUMS.as_pointer())
-                builder.store(more, place).align = 4
+            rows = _pointers(context, builder, signature.args[0], args[0], args[1], num_rows)
+            data, stride = _data(context, builder, signature.args[2], args[2])
+            shape = context.make_array(signature.args[2])(context, builder, args[2]).shape
+            offset = builder.mul(args[3], _SIZE(4))
+            start = builder.gep(data, [offset])
+
+            def body(n: Any, totals: list[Any]) -> list[Any]:
+                at = builder.mul(n, stride)
+                values = [
+                    _load(builder, start, builder.add(at, _SIZE(2 * _LANES * k)), _MANY, 2) for k in range(num_vectors)
+                ]
+                pairs = [_load(builder, row, builder.mul(n, _SIZE(4)), _WORD, 2) for row in rows]
+                both = [builder.bitcast(_everywhere(builder, pair, _LANES // 2), _MANY) for pair in pairs]
+                products = [_pairs(builder, factor, value) for factor in both for value in values]
+                return [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
+
+            nothing = [ir.Constant(_SUMS, None)] * (num_rows * num_vectors)
+            bounds = _SIZE(0), cgutils.unpack_tuple(builder, shape)[0], 1
+            totals = iter(_sum_up(builder, bounds, nothing, body))
+            for out in _pointers(context, builder, signature.args[4], args[4], args[1], num_rows):
+                for k in range(num_vectors):
+                    place = builder.gep(out, [builder.add(offset, _SIZE(2 * _LANES * k))])
+                    builder.store(next(totals), builder.bitcast(place, _SUMS.as_pointer())).align = 4
             return context.get_dummy_value()
 
         return signature, codegen
@@ -269,8 +295,110 @@ def _make_strip(num_vectors: int) -> Any:
     return strip
 
 
+def _fused(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, rounded once where the CPU can."""
+    kind = ir.FunctionType(_WIDE, [_WIDE] * 3)
+    multiply = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{_WIDTH}f32")
+    return builder.call(multiply, [a, b, c])
+
+
+def _widened(builder: ir.IRBuilder, pointer: Any, at: Any) -> Any:
+    """Whole numbers of sixteen bits, so many bytes after the pointer, as floating-point ones."""
+    narrow, words = ir.VectorType(_SHORT, _WIDTH), ir.VectorType(_WORD, _WIDTH)
+    return builder.sitofp(builder.sext(_load(builder, pointer, at, narrow, 2), words), _WIDE)
+
+
+def _some_rows(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, count: int) -> list[Any]:
+    """Where rows of the array that is the first argument begin: those that the second one, from the third on, names."""
+    data, stride = _data(context, builder, signature.args[0], args[0])
+    names, _ = _data(context, builder, signature.args[1], args[1])
+    at = [builder.mul(builder.add(args[2], _SIZE(k)), _SIZE(8)) for k in range(count)]
+    return [builder.gep(data, [builder.mul(stride, _load(builder, names, offset, _SIZE, 8))]) for offset in at]
+
+
+def _make_low(num_rows: int) -> Any:
+    """What four ranks of an adapter make of so many rows. Their sums have the same order whatever the number."""
+
+    @intrinsic
+    def low(typingctx: Any, x: Any, order: Any, first: Any, a: Any, rank: Any, end: Any, sums: Any) -> Any:
+        """x (R, inputs) of float32 in the rows order[first:], a (ranks, inputs) of int16 from this rank, up to column
+        `end`, a multiple of _WIDTH -> sums (num_rows, 4) of float32, flat."""
+        size = types.intp
+        signature = types.void(x, order, size, a, size, size, sums)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            rows = _some_rows(context, builder, signature, args, num_rows)
+            ranks = _pointers(context, builder, signature.args[3], args[3], args[4], 4)
+
+            def body(at: Any, totals: list[Any]) -> list[Any]:
+                of_ranks = [_widened(builder, pointer, builder.shl(at, _SIZE(1))) for pointer in ranks]
+                of_rows = [_load(builder, row, builder.shl(at, _SIZE(2)), _WIDE, 4) for row in rows]
+                factors = [(row, rank) for row in of_rows for rank in of_ranks]
+                return [_fused(builder, *pair, total) for pair, total in zip(factors, totals, strict=True)]
+
+            nothing = [ir.Constant(_WIDE, None)] * (num_rows * 4)
+            totals = _sum_up(builder, (_SIZE(0), args[5], _WIDTH), nothing, body)
+            out = context.make_array(signature.args[6])(context, builder, args[6]).data
+            for index, total in enumerate(totals):
+                width = _WIDTH
+                while width > 1:  # halves are added until one number is left
+                    width //= 2
+                    kind = ir.VectorType(_WORD, width)
+                    halves = [ir.Constant(kind, [_WORD(begin + k) for k in range(width)]) for begin in (0, width)]
+                    left, right = (builder.shuffle_vector(total, total, half) for half in halves)
+                    total = builder.fadd(left, right)
+                builder.store(builder.extract_element(total, _WORD(0)), builder.gep(out, [_SIZE(index)]))
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return low
+
+
+def _make_high(num_rows: int) -> Any:
+    """Adds to _TILE outputs of so many rows what all ranks of a module make of them."""
+
+    @intrinsic
+    def high(typingctx: Any, y: Any, order: Any, first: Any, o: Any, lows: Any, rank: Any, b: Any, column: Any) -> Any:
+        """y (R, O) of float32 in the rows order[first:], from output o on; lows (num_rows, ranks) of float32 from this
+        rank on, b (ranks, O) of int16 from this column on."""
+        size = types.intp
+        signature = types.void(y, order, size, size, lows, size, b, size)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            rows = _some_rows(context, builder, signature, args, num_rows)
+            offset = builder.shl(args[3], _SIZE(2))
+            places = [
+                builder.gep(row, [builder.add(offset, _SIZE(4 * k))]) for row in rows for k in range(0, _TILE, _WIDTH)
+            ]
+            of_rows = _pointers(context, builder, signature.args[4], args[4], _SIZE(0), num_rows)
+            data, stride = _data(context, builder, signature.args[6], args[6])
+            columns = builder.gep(data, [builder.shl(args[7], _SIZE(1))])
+            shape = context.make_array(signature.args[6])(context, builder, args[6]).shape
+
+            def body(n: Any, totals: list[Any]) -> list[Any]:
+                at = builder.mul(n, stride)
+                values = [_widened(builder, columns, builder.add(at, _SIZE(2 * k))) for k in range(0, _TILE, _WIDTH)]
+                place = builder.shl(builder.add(args[5], n), _SIZE(2))
+                lows = [_load(builder, row, place, ir.FloatType(), 4) for row in of_rows]
+                factors = [(_everywhere(builder, low, _WIDTH), value) for low in lows for value in values]
+                return [_fused(builder, *pair, total) for pair, total in zip(factors, totals, strict=True)]
+
+            known = [_load(builder, place, _SIZE(0), _WIDE, 4) for place in places]
+            bounds = _SIZE(0), cgutils.unpack_tuple(builder, shape)[0], 1
+            for place, total in zip(places, _sum_up(builder, bounds, known, body), strict=True):
+                builder.store(total, builder.bitcast(place, _WIDE.as_pointer())).align = 4
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return high
+
+
 _one, _column, _square = _make_block(1, 1), _make_block(4, 1), _make_block(4, 4)
-_strip1, _strip4 = _make_strip(1), _make_strip(4)
+_strip1, _strip4, _strip2x4, _strip3x4 = _make_strip(1, 1), _make_strip(1, 4), _make_strip(2, 4), _make_strip(3, 4)
+_low1, _low2, _low4 = _make_low(1), _make_low(2), _make_low(4)
+_high1, _high2, _high4 = _make_high(1), _make_high(2), _make_high(4)
 
 
 @njit(**_AS_WRITTEN)
@@ -338,28 +466,28 @@ def _join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-@njit(**_IN_ANY_ORDER)
-def _dot4(x: Array, matrix: Array, first: int) -> Any:
-    """x (I,) times four rows of matrix (rows, I): x is read once for all of them."""
-    sum0 = sum1 = sum2 = sum3 = _F32(0.0)
-    for i in range(len(x)):
-        value = x[i]
-        sum0 += value * _F32(matrix[first, i])
-        sum1 += value * _F32(matrix[first + 1, i])
-        sum2 += value * _F32(matrix[first + 2, i])
-        sum3 += value * _F32(matrix[first + 3, i])
-    return sum0, sum1, sum2, sum3
-
-
 @njit(**_OPTIONS)
 def _add_pairs(factors: Array, matrix: Array, sums: Array) -> None:
-    """factors (2 N,), matrix (N, M, 2) -> sums (M,) of int32; M is a multiple of HEAD_STEP."""
+    """factors (R, 2 N), matrix (N, M, 2) -> sums (R, M) of int32; M is a multiple of HEAD_STEP."""
+    num_rows, num_columns = sums.shape
     step = 2 * _LANES
-    for column in range(0, len(sums), _LANES // 2):
-        if column % step == 0 and len(sums) - column >= step:
-            _strip4(factors, matrix, column, sums)
-        elif column >= len(sums) // step * step:
-            _strip1(factors, matrix, column, sums)
+    even = num_columns - num_columns % step
+    for column in range(0, even, step):
+        r = 0
+        while r < num_rows:
+            left = num_rows - r
+            if left == 1:
+                _strip4(factors, r, matrix, column, sums)
+                r += 1
+            elif left == 2 or left == 4:
+                _strip2x4(factors, r, matrix, column, sums)
+                r += 2
+            else:
+                _strip3x4(factors, r, matrix, column, sums)
+                r += 3
+    for column in range(even, num_columns, _LANES // 2):
+        for r in range(num_rows):
+            _strip1(factors, r, matrix, column, sums)
 
 
 @njit(inline="always", **_OPTIONS)
@@ -381,13 +509,22 @@ def _exp(x: Any) -> Any:
 
 @njit(**_OPTIONS)
 def _largest(x: Array) -> Any:
-    """The largest amount in x (I,), or not a number where one of them is not finite."""
-    top, is_finite = _F32(0.0), True
-    for i in range(len(x)):
-        value = abs(x[i])
-        top = max(top, value)
-        is_finite &= value <= _LARGEST
-    return top if is_finite else _F32(np.nan)
+    """The largest amount in x (I,), or not a number where one of them is not finite. Of numbers without a sign the bits
+    have the same order, and of whole numbers the largest is found many at a time."""
+    bits, top = x.view(np.int32), np.int32(0)
+    for i in range(len(bits)):
+        top = max(top, np.int32(bits[i] & _AMOUNT))
+    amount = np.int32(top)
+    return amount.view(_F32) if amount < _INFINITE else _F32(np.nan)
+
+
+@njit(**_OPTIONS)
+def _top(x: Array) -> Any:
+    """The largest number in x (I,), or not a number where there is one that is none and has no sign."""
+    bits, top = x.view(np.int32), _LEAST
+    for i in range(len(bits)):
+        top = max(top, np.int32(bits[i] ^ ((bits[i] >> _SIGN) & _AMOUNT)))
+    return np.int32(top ^ ((top >> _SIGN) & _AMOUNT)).view(_F32)
 
 
 @njit(**_IN_ANY_ORDER)
@@ -395,6 +532,14 @@ def _total(x: Array) -> Any:
     total = _F32(0.0)
     for i in range(len(x)):
         total += x[i]
+    return total
+
+
+@njit(**_IN_ANY_ORDER)
+def _total_of_squares(x: Array) -> Any:
+    total = 0.0
+    for i in range(len(x)):
+        total += np.float64(x[i]) * np.float64(x[i])
     return total
 
 
@@ -420,10 +565,8 @@ def _round(x: Array, whole: Array, levels: Any) -> Any:
 @njit(**_OPTIONS)
 def _round_to_length(x: Array, whole: Array) -> Any:
     """Rounds a row (I,) so that its product with any other rounded so is below 2^31 (Cauchy and Schwarz)."""
-    total = 0.0
-    for i in range(len(x)):
-        total += np.float64(x[i]) * np.float64(x[i])
-    return _round_by(x, whole, max(_largest(x) / _F32(_MOST), _F32(np.sqrt(total) / _LENGTH)))
+    length = np.sqrt(_total_of_squares(x))
+    return _round_by(x, whole, max(_largest(x) / _F32(_MOST), _F32(length / _LENGTH)))
 
 
 @njit(**_OPTIONS)
@@ -433,10 +576,7 @@ def _norm(x: Array, y: Array, weight: Array, eps: Any, normed: Array, whole: Arr
     if len(y):
         for i in range(width):
             x[i] += y[i]
-    total = 0.0
-    for i in range(width):
-        total += np.float64(x[i]) * np.float64(x[i])
-    inverse = _F32(1.0 / np.sqrt(total / width + eps))
+    inverse = _F32(1.0 / np.sqrt(_total_of_squares(x) / width + eps))
     for i in range(width):
         normed[i] = weight[i] * (x[i] * inverse)
     return _round(normed, whole, LEVELS)
@@ -459,41 +599,71 @@ def _make_pointer(item: Any) -> Any:
 
 _shorts_at, _floats_at, _sizes_at = _make_pointer(types.int16), _make_pointer(types.float32), _make_pointer(types.int64)
 
-PART_FIELDS = 6
-"""An adapter's share in one product, in `Rows.parts`: how many groups it has, and the addresses of a, b, units, groups
-and factors, 0 for none.
+PART_FIELDS = 7
+"""An adapter's share in one product, in `Rows.parts`: how many modules and ranks it has, and the addresses of a, b,
+units, modules and factors, 0 for none.
 
-a (4 G, inputs) of int16 holds the ranks of all the modules that y is the output of, in groups of four of one module. A
-group's outputs begin at groups[g, 0] and are groups[g, 1] many; its four columns of B, of int16 as well, begin at
-b[groups[g, 2]]. What a rank of a and its column of b are worth together, times the scaling, is units (4 G,). Where
-factors (O,) are given, what is not bias is multiplied by them (DoRA; Liu et al. 2024, arXiv 2402.09353, equation 5).
+a (ranks, inputs) of int16 holds the ranks of all the modules that y is the output of, of each a multiple of four. A
+module's outputs begin at modules[m, 0] and are modules[m, 1] many; it has modules[m, 2] ranks, and its B (ranks,
+outputs) of int16 begins at b[modules[m, 3]]. What a rank of a and its row of B are worth together, times the scaling,
+is units (ranks,). Where factors (O,) are given, what is not bias is multiplied by them (DoRA; Liu et al. 2024, arXiv
+2402.09353, equation 5).
 """
 
 
-@njit(**_OPTIONS)
-def _adapt(x: Array, y: Array, part: Array, bias: Array) -> None:
-    """Adds to y (O,) what an adapter makes of x (inputs,)."""
-    num_groups = part[0]
-    if not num_groups:
+@njit(**_AS_WRITTEN)
+def _adapt(x: Array, y: Array, rows: Rows, product: int, task: int, bias: Array) -> None:
+    """Adds to a task's rows of y (R, O) what their adapter makes of x (R, inputs)."""
+    order, first = rows.order, rows.tasks[task]
+    count = rows.tasks[task + 1] - first
+    part = rows.parts[rows.sequences[order[first]], product]
+    num_modules, num_ranks, num_inputs = part[0], part[1], x.shape[1]
+    if not num_modules:
         return
-    a = carray(_shorts_at(part[1]), (4 * num_groups, len(x)))
-    units = carray(_floats_at(part[3]), 4 * num_groups)
-    groups = carray(_sizes_at(part[4]), (num_groups, 3))
-    for g in range(num_groups):
-        low0, low1, low2, low3 = _dot4(x, a, 4 * g)
-        low0, low1 = low0 * units[4 * g], low1 * units[4 * g + 1]
-        low2, low3 = low2 * units[4 * g + 2], low3 * units[4 * g + 3]
-        start, size, offset = groups[g, 0], groups[g, 1], groups[g, 2]
-        more = y[start : start + size]
-        columns = carray(_shorts_at(part[2] + 2 * offset), (4, size))
-        for o in range(size):
-            high = low0 * _F32(columns[0, o]) + low1 * _F32(columns[1, o])
-            more[o] += high + (low2 * _F32(columns[2, o]) + low3 * _F32(columns[3, o]))
-    if part[5]:
-        factors = carray(_floats_at(part[5]), len(y))
-        for o in range(len(y)):
-            shift = bias[o] if len(bias) else _F32(0.0)
-            y[o] = (y[o] - shift) * factors[o] + shift
+    a = carray(_shorts_at(part[2]), (num_ranks, num_inputs))
+    units = carray(_floats_at(part[4]), num_ranks)
+    modules = carray(_sizes_at(part[5]), (num_modules, 4))
+    lows, sums = np.empty((4, num_ranks), _F32), np.zeros(16, _F32)
+    even = num_inputs - num_inputs % _WIDTH
+    for rank in range(0, num_ranks, 4):
+        if even and count == 1:
+            _low1(x, order, first, a, rank, even, sums)
+        elif even and count == 2:
+            _low2(x, order, first, a, rank, even, sums)
+        elif even:
+            _low4(x, order, first, a, rank, even, sums)
+        for index in range(4 * count):
+            r, k = order[first + index // 4], rank + index % 4
+            total = sums[index]
+            for i in range(even, num_inputs):
+                total += x[r, i] * _F32(a[k, i])
+            lows[index // 4, k] = total * units[k]
+    rank = 0
+    for m in range(num_modules):
+        start, size, ranks = modules[m, 0], modules[m, 1], modules[m, 2]
+        b = carray(_shorts_at(part[3] + 2 * modules[m, 3]), (ranks, size))
+        even = size - size % _TILE
+        for o in range(0, even, _TILE):
+            if count == 1:
+                _high1(y, order, first, start + o, lows, rank, b, o)
+            elif count == 2:
+                _high2(y, order, first, start + o, lows, rank, b, o)
+            else:
+                _high4(y, order, first, start + o, lows, rank, b, o)
+        for o in range(even, size):
+            for index in range(count):
+                total = y[order[first + index], start + o]
+                for k in range(ranks):
+                    total += lows[index, rank + k] * _F32(b[k, o])
+                y[order[first + index], start + o] = total
+        rank += ranks
+    if part[6]:
+        factors = carray(_floats_at(part[6]), y.shape[1])
+        for index in range(count):
+            of_row = y[order[first + index]]
+            for o in range(len(of_row)):
+                shift = bias[o] if len(bias) else _F32(0.0)
+                of_row[o] = (of_row[o] - shift) * factors[o] + shift
 
 
 @njit(**_OPTIONS)
@@ -512,30 +682,31 @@ def _gate(gated: Array, inner: Array, whole: Array) -> Any:
 def _store(qkv: Array, n: int, r: int, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     """Turns queries and keys by their position (Su et al. 2021, arXiv 2104.09864) and rounds them, puts key and value
     in their block: qkv ((N + 2 K) D,)."""
-    position, block = rows.positions[r], rows.blocks[r]
-    num_heads = room.queries.shape[1]
-    num_keys, half = cache.keys.shape[2], geometry.cos.shape[1]
-    width, at = 2 * half, position % BLOCK_TOKENS
+    block, at = rows.blocks[r], rows.positions[r] % BLOCK_TOKENS
+    cos, sin = geometry.cos[rows.positions[r]], geometry.sin[rows.positions[r]]
+    num_heads, num_keys, half = room.queries.shape[1], cache.keys.shape[2], len(cos)
+    width = 2 * half
     turned, rounded = np.empty(width, _F32), np.empty(width, np.int16)
     for head in range(num_heads + num_keys):
-        start = head * width
+        of_head = qkv[head * width : (head + 1) * width]
         for d in range(half):
-            left, right = qkv[start + d], qkv[start + half + d]
-            turned[d] = left * geometry.cos[position, d] - right * geometry.sin[position, d]
-            turned[half + d] = right * geometry.cos[position, d] + left * geometry.sin[position, d]
+            left, right = of_head[d], of_head[half + d]
+            turned[d] = left * cos[d] - right * sin[d]
+            turned[half + d] = right * cos[d] + left * sin[d]
+        unit = _round_to_length(turned, rounded)
         if head < num_heads:
-            room.query_units[r, head] = _round_to_length(turned, rounded)
-            for d in range(width):
-                room.queries[r, head, d] = rounded[d]
+            room.query_units[r, head] = unit
+            room.queries[r, head, :width] = rounded
             continue
         key = head - num_heads
-        cache.key_units[n, block, key, at] = _round_to_length(turned, rounded)
-        for d in range(width):
-            cache.keys[n, block, key, d // 2, at, d % 2] = rounded[d]
-        start += num_keys * width
+        cache.key_units[n, block, key, at] = unit
+        keys, values = cache.keys[n, block, key], cache.values[n, block, key, at // 2]
+        for d in range(half):
+            keys[d, at, 0] = rounded[2 * d]
+            keys[d, at, 1] = rounded[2 * d + 1]
+        start = (head + num_keys) * width
         cache.value_units[n, block, key, at] = _round(qkv[start : start + width], rounded, _VALUE_LEVELS)
-        for d in range(width):
-            cache.values[n, block, key, at // 2, d, at % 2] = rounded[d]
+        values[:width, at % 2] = rounded
 
 
 @njit(**_OPTIONS)
@@ -547,9 +718,10 @@ def _attend(n: int, r: int, key: int, window: int, rows: Rows, room: Room, cache
     group, width = num_heads // cache.keys.shape[2], 2 * geometry.cos.shape[1]
     end = rows.positions[r] + 1
     begin = max(0, end - window)
-    scores, shares = np.empty(BLOCK_TOKENS, _F32), np.empty(BLOCK_TOKENS, np.int16)
-    of_scores, of_values = np.empty(BLOCK_TOKENS, np.int32), np.empty(padded, np.int32)
-    sums = np.zeros((group, width), _F32)
+    heads = room.queries[r, key * group : (key + 1) * group]
+    of_scores, shares = np.empty((group, BLOCK_TOKENS), np.int32), np.empty((group, BLOCK_TOKENS), np.int16)
+    of_values, scores = np.empty((group, padded), np.int32), np.empty(BLOCK_TOKENS, _F32)
+    sums, steps = np.zeros((group, width), _F32), np.empty((group, 2), _F32)
     tops, totals = np.full(group, _F32(-np.inf)), np.zeros(group, _F32)
     for index in range(begin // BLOCK_TOKENS, (end + BLOCK_TOKENS - 1) // BLOCK_TOKENS):
         block = rows.tables[rows.sequences[r], index]
@@ -557,27 +729,30 @@ def _attend(n: int, r: int, key: int, window: int, rows: Rows, room: Room, cache
         key_units, value_units = cache.key_units[n, block, key], cache.value_units[n, block, key]
         first = max(0, begin - index * BLOCK_TOKENS)
         last = min(BLOCK_TOKENS, end - index * BLOCK_TOKENS)
-        for g in range(group):  # the heads that read the same keys and values, while these are at hand
-            head = key * group + g
-            _add_pairs(room.queries[r, head], keys, of_scores)
-            unit, top = room.query_units[r, head] * _F32(geometry.scaling), tops[g]
+        _add_pairs(heads, keys, of_scores)
+        for g in range(group):
+            of_head, unit = of_scores[g], room.query_units[r, key * group + g] * _F32(geometry.scaling)
             for t in range(BLOCK_TOKENS):
-                scores[t] = _F32(of_scores[t]) * (unit * key_units[t])
-            for t in range(first, last):
-                top = max(top, scores[t])
+                scores[t] = _F32(of_head[t]) * (unit * key_units[t])
+            scores[:first] = _F32(-np.inf)
+            scores[last:] = _F32(-np.inf)
+            top = max(tops[g], _top(scores))
             shrink = _exp(tops[g] - top)
             for t in range(BLOCK_TOKENS):
-                scores[t] = _exp(min(scores[t] - top, _F32(0.0)))
+                scores[t] = _exp(scores[t] - top)
             scores[:first] = _F32(0.0)
             scores[last:] = _F32(0.0)
             tops[g], totals[g] = top, totals[g] * shrink + _total(scores)
             for t in range(BLOCK_TOKENS):
                 scores[t] *= value_units[t]
             unit = max(_largest(scores) / _F32(_MOST), _total(scores) / _F32(_SHARES))
-            _round_by(scores, shares, unit)
-            _add_pairs(shares, values, of_values)
+            _round_by(scores, shares[g], unit)
+            steps[g, 0], steps[g, 1] = shrink, unit
+        _add_pairs(shares, values, of_values)
+        for g in range(group):
+            shrink, unit, of_head = steps[g, 0], steps[g, 1], sums[g]
             for d in range(width):
-                sums[g, d] = sums[g, d] * shrink + _F32(of_values[d]) * unit
+                of_head[d] = of_head[d] * shrink + _F32(of_values[g, d]) * unit
     for g in range(group):
         for d in range(width):
             room.attended[r, (key * group + g) * width + d] = sums[g, d] / totals[g]
@@ -602,9 +777,11 @@ def _begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
 # One loop each: of several in one function numba moves one before another where it sees no variable set.
 @njit(parallel=True, **_OPTIONS)
 def _store_rows(n: int, bias: Array, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
-    for r in prange(len(rows.positions)):
-        _adapt(room.normed[r], room.qkv[r], rows.parts[r, 4 * n], bias)
-        _store(room.qkv[r], n, r, rows, room, cache, geometry)
+    for task in prange(len(rows.tasks) - 1):
+        _adapt(room.normed, room.qkv, rows, 4 * n, task, bias)
+        for index in range(rows.tasks[task], rows.tasks[task + 1]):
+            r = rows.order[index]
+            _store(room.qkv[r], n, r, rows, room, cache, geometry)
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -631,18 +808,22 @@ def _attend_rows(n: int, layers: Layers, rows: Rows, room: Room, cache: Cache, g
 def _close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
     weight, bias = layers.second_norms[n], layers.o.bias[n]
     units = room.units  # numba loses what a loop sets in a tuple's array
-    for r in prange(len(rows.positions)):
-        _adapt(room.attended[r], room.y[r], rows.parts[r, 4 * n + 1], bias)
-        units[r] = _norm(room.x[r], room.y[r], weight, geometry.eps, room.normed[r], room.whole[r])
+    for task in prange(len(rows.tasks) - 1):
+        _adapt(room.attended, room.y, rows, 4 * n + 1, task, bias)
+        for index in range(rows.tasks[task], rows.tasks[task + 1]):
+            r = rows.order[index]
+            units[r] = _norm(room.x[r], room.y[r], weight, geometry.eps, room.normed[r], room.whole[r])
 
 
 @njit(parallel=True, **_OPTIONS)
 def _gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
     bias = layers.gate_up.bias[n]
     units = room.units  # numba loses what a loop sets in a tuple's array
-    for r in prange(len(rows.positions)):
-        _adapt(room.normed[r], room.gated[r], rows.parts[r, 4 * n + 2], bias)
-        units[r] = _gate(room.gated[r], room.inner[r], room.whole_inner[r])
+    for task in prange(len(rows.tasks) - 1):
+        _adapt(room.normed, room.gated, rows, 4 * n + 2, task, bias)
+        for index in range(rows.tasks[task], rows.tasks[task + 1]):
+            r = rows.order[index]
+            units[r] = _gate(room.gated[r], room.inner[r], room.whole_inner[r])
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -650,12 +831,19 @@ def _end_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry
     bias = layers.down.bias[n]
     weight = layers.first_norms[n + 1] if n + 1 < len(layers.first_norms) else geometry.last_norm
     units = room.units  # numba loses what a loop sets in a tuple's array
-    for r in prange(len(rows.positions)):
-        _adapt(room.inner[r], room.y[r], rows.parts[r, 4 * n + 3], bias)
-        units[r] = _norm(room.x[r], room.y[r], weight, geometry.eps, room.normed[r], room.whole[r])
+    for task in prange(len(rows.tasks) - 1):
+        _adapt(room.inner, room.y, rows, 4 * n + 3, task, bias)
+        for index in range(rows.tasks[task], rows.tasks[task + 1]):
+            r = rows.order[index]
+            units[r] = _norm(room.x[r], room.y[r], weight, geometry.eps, room.normed[r], room.whole[r])
 
 
 # --- what Python calls --------------------------------------------------------------------------------------------
+
+
+def num_threads() -> int:
+    """How many take the rows of a pass."""
+    return int(get_num_threads())
 
 
 @njit(**_KEPT)

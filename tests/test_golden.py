@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from knowledge_engine.bases import Base, get_base, prepare_base
 from knowledge_engine.core import BASE, TrainingSpec
 from knowledge_engine.errors import IntegrityError, KnowledgeEngineError, Reason
 from knowledge_engine.files import sha256_of
-from knowledge_engine.inference.adapters import Adapters
+from knowledge_engine.inference.adapters import Adapters, at_once
 from knowledge_engine.inference.golden import GOLDEN, Golden, SelfTest
 from knowledge_engine.inference.int8 import Int8Model
 from knowledge_engine.inference.scheduler import Model
@@ -100,7 +100,7 @@ def copied(adapter: Adapter, folder: Path) -> Adapter:
 def refused(model: Model, adapter: Adapter, reason: Reason = Reason.SELF_TEST_FAILED) -> str:
     """What is said; nothing of the adapter stays."""
     with pytest.raises(IntegrityError) as caught:
-        model.adapters.acquire(adapter)
+        at_once(model.adapters.acquire(adapter))
     assert caught.value.reason is reason
     assert adapter.digest not in model.adapters.digests
     return caught.value.message
@@ -119,7 +119,7 @@ def test_a_version_answers_as_when_it_was_published(
     assert GOLDEN in json.loads((adapter.folder / MANIFEST).read_text())["files"]
     caplog.set_level(logging.INFO)
     model = serve(base, precision)
-    model.adapters.acquire(adapter)
+    at_once(model.adapters.acquire(adapter))
     assert model.adapters.digests == (adapter.digest,)
     assert f"{adapter.digest} answers {len(golden.prompts)} golden prompts as published" in caplog.text
 
@@ -193,7 +193,7 @@ def test_a_flipped_bit_is_refused(published: tuple[Base, str, Adapter], tmp_path
     assert bad.digest[:19] in said
     assert "prompt " in said
     assert "expected" in said
-    model.adapters.acquire(adapter)
+    at_once(model.adapters.acquire(adapter))
 
 
 def test_a_precision_that_nobody_declared_is_refused(published: tuple[Base, str, Adapter]) -> None:
@@ -288,7 +288,7 @@ def test_what_was_published_without_golden_values_serves_with_one_warning(
     (old.folder / MANIFEST).write_text(json.dumps(manifest))
     model = serve(base, precision)
     for _ in range(2):
-        model.adapters.acquire(old)
+        at_once(model.adapters.acquire(old))
         model.adapters.release(old.digest)
         model.adapters.unload(old.digest)
     assert caplog.text.count("it serves untested") == 1
@@ -302,12 +302,12 @@ def test_a_full_room_is_left_alone(published: tuple[Base, str, Adapter]) -> None
     tokens = (TOKENS * 7)[: CONTEXT - 1]
     assert model.max_tokens == 4 * CONTEXT
     places = [opened(model, request(tokens, caller=caller, max_tokens=1)) for caller in "abcd"]
-    assert model.open(request(TOKENS, adapter)) is None
+    assert at_once(model.open(request(TOKENS, adapter))) is None
     for first in range(0, len(tokens), 64):
         run(model, *((place, first, tokens[first : first + 64], 0) for place in places))
     last = [(place, len(tokens) - 1, tokens[-1:], 1) for place in places]
     before = run(model, *last)
-    model.adapters.acquire(adapter)
+    at_once(model.adapters.acquire(adapter))
     model.warm_up()
     assert torch.equal(torch.cat(before), torch.cat(run(model, *last)))
 
@@ -317,7 +317,8 @@ def test_what_failed_is_tested_again_when_its_files_have_changed_or_it_was_unloa
     tried: list[str] = []
     removed: list[str] = []
 
-    def prove(adapter: Adapter, content: str) -> None:
+    def prove(adapter: Adapter, content: str) -> Iterator[None]:
+        yield
         tried.append(content)
         if content == "bad":
             raise IntegrityError("prompt 1", reason=Reason.SELF_TEST_FAILED)
@@ -332,7 +333,7 @@ def test_what_failed_is_tested_again_when_its_files_have_changed_or_it_was_unloa
 
     def fail() -> None:
         with pytest.raises(KnowledgeEngineError):
-            adapters.acquire(adapter)
+            at_once(adapters.acquire(adapter))
         assert adapters.digests == ()
 
     for _ in range(3):
@@ -346,7 +347,7 @@ def test_what_failed_is_tested_again_when_its_files_have_changed_or_it_was_unloa
         fail()
     assert tried == ["bad", "bad", "odd", "odd"]
     (tmp_path / "weights").write_bytes(b"good")
-    assert adapters.acquire(adapter) == "good"
+    assert at_once(adapters.acquire(adapter)) == "good"
     assert (tried[4:], removed[4:]) == (["good"], [])
 
 

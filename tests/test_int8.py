@@ -16,6 +16,7 @@ from knowledge_engine.bases import Base, prepare_base
 from knowledge_engine.core import SamplingParams
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason
 from knowledge_engine.inference import int8, kernels
+from knowledge_engine.inference.adapters import at_once
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.drafts import Drafts
 from knowledge_engine.inference.int8 import Int8Model, Int8Place
@@ -45,7 +46,7 @@ def request(tokens: list[int], adapter: Adapter | None = None, caller: str = "",
 
 
 def opened(model: Int8Model, asked: EngineRequest) -> Int8Place:
-    place = model.open(asked)
+    place = at_once(model.open(asked))
     assert place is not None
     return place
 
@@ -242,7 +243,7 @@ def test_an_adapter_of_another_base_is_refused_and_gives_its_room_back(
     other = build_tiny_base(tmp_path / "other", "gpt2")
     for folder in (build_tiny_adapter(other, tmp_path / "strange", 1), tmp_path / "missing"):
         with pytest.raises(IntegrityError):
-            model.open(request(TOKENS, Adapter("sha256:x", folder)))
+            at_once(model.open(request(TOKENS, Adapter("sha256:x", folder))))
     assert model.pool.num_used == 0
     assert not model.adapters.digests
 
@@ -425,6 +426,41 @@ def test_what_is_aborted_while_a_step_is_told_leaves_its_room(tiny: tuple[Path, 
         assert model.pool.num_used == (len(TOKENS) + 40 + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     assert len([output for output in until_done(scheduler) if output.finished is not None]) == 1
     assert model.pool.num_used == 0
+
+
+def test_others_are_answered_while_an_adapter_is_loaded(
+    tiny: tuple[Path, modeling.PreTrainedModel], tmp_path: Path
+) -> None:
+    scheduler, model = schedule(tiny)
+    adapters = [Adapter(f"sha256:{n}", build_tiny_adapter(tiny[0], tmp_path / str(n), n)) for n in range(3)]
+
+    def prove(adapter: Adapter, content: Any) -> Iterator[None]:
+        for _ in range(5):
+            yield
+        if adapter is adapters[1]:
+            raise IntegrityError("prompt 1", reason=Reason.SELF_TEST_FAILED)
+
+    model.adapters.prove = prove
+    scheduler.submit((1, 0), request(TOKENS, max_tokens=30), 0.0)
+    for number, adapter in enumerate([*adapters, adapters[0]], 1):
+        scheduler.submit((1, number), request(TOKENS, adapter, max_tokens=2), 0.0)
+    scheduler.submit((1, 5), request(TOKENS, max_tokens=2), 0.0)
+    seen = []
+    for number_of_step in range(100):
+        for output in scheduler.step():
+            assert scheduler.num_active <= 16
+            if output.finished is not None or output.error is not None:
+                seen.append((output.key[1], number_of_step, output.error.reason if output.error else None))
+        if number_of_step == 13:  # the third adapter is half tested
+            scheduler.abort((1, 3), 0)
+            assert model.adapters.digests == (adapters[0].digest,)
+            assert model.pool.num_used == -(-(len(TOKENS) + 30) // BLOCK_TOKENS)
+    order = [key for key, _, _ in seen]
+    assert sorted(order) == [0, 1, 2, 4, 5]
+    assert order[0] == 5  # asked last, and waited for nobody's adapter
+    assert order[-1] == 0  # had a token in every step of the others'
+    assert {key: reason for key, _, reason in seen if reason} == {2: Reason.SELF_TEST_FAILED}
+    assert scheduler.num_waiting == scheduler.num_active == model.pool.num_used == 0
 
 
 def test_what_never_fits_is_refused_and_the_rest_waits_its_turn(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:

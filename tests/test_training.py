@@ -39,6 +39,7 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.datasets import Datasets
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, KnowledgeEngineError, Reason, StateError
+from knowledge_engine.inference.adapters import at_once
 from knowledge_engine.inference.golden import SelfTest
 from knowledge_engine.inference.serving import serving_model
 from knowledge_engine.inference.wire import Adapter
@@ -642,7 +643,7 @@ def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Ba
         modeling.load_base(base, "int8", "cpu"), base, "int8", workshop.settings, lambda detail: None
     )
     engine.adapters.prove = SelfTest(engine, base, text, "int8").demand
-    engine.adapters.acquire(Adapter(version.digest, folder))
+    at_once(engine.adapters.acquire(Adapter(version.digest, folder)))
     served = modeling.add_adapter(modeling.load_base(base, "int8", "cpu"), folder, "x")
     modeling.select_adapter(served, "x")
     rows = [text.encode_example(row.messages) for row in workshop.datasets.conversations("talks")]

@@ -7,7 +7,7 @@ its files are the same. Knows nothing of what an adapter is made of; no torch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -15,6 +15,7 @@ from knowledge_engine.errors import IntegrityError, Reason, from_dict
 from knowledge_engine.inference.wire import Adapter
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _Stamp = tuple[tuple[str, int, int, int], ...]
 
@@ -29,9 +30,9 @@ class _Entry(Generic[T]):
 
 class Adapters(Generic[T]):
     """`load` gives an adapter and its size in bytes; `remove` frees it. `prove`, where it is set, is asked of each that
-    was loaded before it answers, and raises where it should not."""
+    was loaded before it answers, and raises where it should not; others may be served between its steps."""
 
-    prove: Callable[[Adapter, T], None] | None = None
+    prove: Callable[[Adapter, T], Iterator[None]] | None = None
 
     def __init__(
         self, load: Callable[[Adapter], tuple[T, int]], remove: Callable[[T], None], budget_bytes: int
@@ -57,15 +58,17 @@ class Adapters(Generic[T]):
         """Of all that are loaded."""
         return sum(entry.size_bytes for entry in tuple(self._entries.values()))
 
-    def acquire(self, adapter: Adapter) -> T:
-        """Loads the adapter unless it is there, and keeps it until `release`.
+    def acquire(self, adapter: Adapter) -> Generator[None, None, T]:
+        """Loads the adapter unless it is there, and keeps it until `release`. In steps; one that is left before its end
+        has done nothing. One adapter is loaded at a time.
 
         Raises:
             IntegrityError: its files are not what they should be; SELF_TEST_FAILED.
         """
         entry = self._entries.get(adapter.digest)
         if entry is None:
-            entry = self._entries[adapter.digest] = _Entry(*self._load_proven(adapter))
+            content, size_bytes = yield from self._load_proven(adapter)
+            entry = self._entries[adapter.digest] = _Entry(content, size_bytes)
             self.num_loads += 1
         if adapter.pin:
             self._pinned[adapter.pin] = adapter.digest
@@ -91,7 +94,7 @@ class Adapters(Generic[T]):
         elif entry is not None:
             self._drop(digest)
 
-    def _load_proven(self, adapter: Adapter) -> tuple[T, int]:
+    def _load_proven(self, adapter: Adapter) -> Generator[None, None, tuple[T, int]]:
         stamp = _stamp(adapter.folder)
         if adapter.digest in self._failed:
             known, error = self._failed[adapter.digest]
@@ -100,7 +103,7 @@ class Adapters(Generic[T]):
         content, size_bytes = self._load(adapter)
         try:
             if self.prove is not None:
-                self.prove(adapter, content)
+                yield from self.prove(adapter, content)
         except BaseException as error:
             self._remove(content)
             if isinstance(error, IntegrityError) and error.reason is Reason.SELF_TEST_FAILED:
@@ -120,6 +123,16 @@ class Adapters(Generic[T]):
 
     def _drop(self, digest: str) -> None:
         self._remove(self._entries.pop(digest).content)
+
+
+def at_once(steps: Generator[None, None, R]) -> R:
+    """What comes of them, taken one after the other."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: R = end.value
+            return result
 
 
 def _stamp(folder: Path) -> _Stamp:

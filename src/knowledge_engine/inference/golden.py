@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,6 +22,7 @@ from knowledge_engine.bases import Base
 from knowledge_engine.core import Message
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, KnowledgeEngineError, Reason
 from knowledge_engine.files import read_json, write_durably
+from knowledge_engine.inference.adapters import at_once
 from knowledge_engine.inference.scheduler import Model
 from knowledge_engine.inference.wire import Adapter
 from knowledge_engine.manifest import MANIFEST
@@ -125,7 +126,7 @@ class SelfTest:
             KnowledgeEngineError: NON_FINITE.
         """
         adapter = Adapter(GOLDEN, folder)
-        content = self._model.adapters.acquire(adapter)
+        content = at_once(self._model.adapters.acquire(adapter))
         try:
             prompts: list[Prompt] = []
             answers: list[Answer] = []
@@ -144,14 +145,13 @@ class SelfTest:
             golden = Golden(prompts=prompts, answers={self._precision: answers})
             write_durably(folder / GOLDEN, golden.model_dump_json(indent=1).encode())
 
-    def demand(self, adapter: Adapter, content: Any) -> None:
-        """Asks a loaded adapter for what it answered when it was published. One that has no golden values, as those
-        that were published before there were any, is told to the log once.
+    def demand(self, adapter: Adapter, content: Any) -> Iterator[None]:
+        """Asks a loaded adapter for what it answered when it was published, one prompt a step. One that has no golden
+        values, as those that were published before there were any, is told to the log once.
 
         Raises:
             IntegrityError: SELF_TEST_FAILED, naming the prompt; MODEL_VERSION_CORRUPT, golden.json is no good.
         """
-        start = time.monotonic()
         golden = _read(adapter.folder)
         if golden is None:
             if adapter.digest not in self._told:
@@ -164,15 +164,20 @@ class SelfTest:
                 adapter,
                 f"it has golden values for {', '.join(sorted(golden.answers))}, and {self._precision} serves here",
             )
+        seconds = 0.0
         for number, (prompt, answer) in enumerate(zip(golden.prompts, answers, strict=True), 1):
+            if number > 1:
+                yield
+            start = time.monotonic()
             if problem := self._difference(adapter, content, prompt, answer):
                 excerpt = prompt.messages[-1].content[:40]
                 raise self._failed(adapter, f"prompt {number} ({excerpt!r}): {problem}")
+            seconds += time.monotonic() - start
         _log.info(
             "%s answers %d golden prompts as published (%.0f ms)",
             adapter.digest,
             len(golden.prompts),
-            1000 * (time.monotonic() - start),
+            1000 * seconds,
         )
 
     def _answer(self, adapter: Adapter, content: Any, prompt: list[int]) -> Answer:

@@ -11,7 +11,7 @@ Shapes: R rows (one token of one sequence each), H width, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +25,15 @@ from knowledge_engine.inference import kernels
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.golden import MAX_TOKENS
-from knowledge_engine.inference.kernels import BLOCK_TOKENS, FINE_LEVELS, HALF_LEVELS, HEAD_STEP, PART_FIELDS, Array
+from knowledge_engine.inference.kernels import (
+    BLOCK_TOKENS,
+    FINE_LEVELS,
+    HALF_LEVELS,
+    HEAD_STEP,
+    NUM_STAGES,
+    PART_FIELDS,
+    Array,
+)
 from knowledge_engine.inference.wire import Adapter, EngineRequest
 from knowledge_engine.modeling import AdapterWeights, PreTrainedModel
 
@@ -262,7 +270,7 @@ class Int8Model:
         for num_rows in (1, FEW_ROWS + 1):
             self._pass([(place, 0, [0] * num_rows, num_rows)])
 
-    def open(self, request: EngineRequest) -> Int8Place | None:
+    def open(self, request: EngineRequest) -> Generator[None, None, Int8Place | None]:
         """Raises IntegrityError: the adapter's files are not what they should be."""
         digest = request.adapter.digest if request.adapter is not None else None
         owner = f"{digest or ''} {request.caller}"
@@ -272,7 +280,7 @@ class Int8Model:
         if request.adapter is None:
             return Int8Place(table, None, self._no_part)
         try:
-            return Int8Place(table, digest, self.adapters.acquire(request.adapter))
+            return Int8Place(table, digest, (yield from self.adapters.acquire(request.adapter)))
         except BaseException:
             self.pool.close(table)
             raise
@@ -320,7 +328,8 @@ class Int8Model:
         room = kernels.Room(*(array[:num_rows] for array in self._room))
         room.x[:] = self._embedding[[token for _, _, token_ids, _ in pieces for token in token_ids]]
         if num_rows <= FEW_ROWS:
-            kernels.decode_rows(self._layers, rows, room, self._cache, self._geometry)
+            num_stages = NUM_STAGES * len(self._layers.windows)
+            kernels.pass_rows(0, num_stages, self._layers, rows, room, self._cache, self._geometry)
         else:
             self._read_rows(rows, room)
         ends = itertools.accumulate(lengths)
@@ -331,19 +340,16 @@ class Int8Model:
         return torch.from_numpy(logits)
 
     def _read_rows(self, rows: kernels.Rows, room: kernels.Room) -> None:
-        """`kernels.decode_rows` for many rows: torch multiplies."""
-        layers, cache, geometry = self._layers, self._cache, self._geometry
-        qkv, o, gate_up, down = self._linears
-        kernels.begin_rows(layers, room, geometry)
-        for n in range(len(layers.windows)):
-            qkv.apply(n, room.whole, room.units, room.qkv)
-            kernels.attend_rows(n, layers, rows, room, cache, geometry)
-            o.apply(n, room.whole_heads, room.units, room.y)
-            kernels.close_rows(n, layers, rows, room, geometry)
-            gate_up.apply(n, room.whole, room.units, room.gated)
-            kernels.gate_rows(n, layers, rows, room)
-            down.apply(n, room.whole_inner, room.units, room.y)
-            kernels.end_rows(n, layers, rows, room, geometry)
+        """A pass over many rows: torch multiplies."""
+        products = (
+            (room.whole, room.qkv), (room.whole_heads, room.y), (room.whole, room.gated), (room.whole_inner, room.y)
+        )  # fmt: skip
+        kernels.pass_rows(0, 0, self._layers, rows, room, self._cache, self._geometry)
+        for n in range(len(self._layers.windows)):
+            for index, (linear, (whole, y)) in enumerate(zip(self._linears, products, strict=True)):
+                linear.apply(n, whole, room.units, y)
+                stage = NUM_STAGES * n + 2 * index + 1
+                kernels.pass_rows(stage, stage + 1, self._layers, rows, room, self._cache, self._geometry)
 
     def _load(self, adapter: Adapter) -> tuple[_Part, int]:
         weights = modeling.read_adapter(adapter.folder, self._modules)

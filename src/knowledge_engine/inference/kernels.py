@@ -867,47 +867,36 @@ def join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
     _join_rows(sums, linear, units, y)
 
 
-@njit(**_KEPT)
-def begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
-    """From `room.x`, the tokens' embeddings, to the first layer's input: `room.normed`, and the same rounded."""
-    _begin_rows(layers, room, geometry)
+NUM_STAGES = 8
+"""Of a layer, in turn: a product and what follows it, four times."""
 
 
 @njit(**_KEPT)
-def attend_rows(n: int, layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
-    """From `room.qkv`, the first product of layer n, to `room.attended`, and the same rounded."""
-    _attend_rows(n, layers, rows, room, cache, geometry)
+def pass_rows(first: int, last: int, layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
+    """Stages `first` to `last` of a pass, so that somebody else may multiply in between. One function for all of them:
+    compiling takes seconds.
 
-
-@njit(**_KEPT)
-def close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
-    """From `room.y`, the second product, to `room.normed`, the input of the third, and the same rounded."""
-    _close_rows(n, layers, rows, room, geometry)
-
-
-@njit(**_KEPT)
-def gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
-    """From `room.gated`, the third product, to `room.inner`, and the same rounded."""
-    _gate_rows(n, layers, rows, room)
-
-
-@njit(**_KEPT)
-def end_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
-    """From `room.y`, the fourth product, to `room.normed`, the input of the next layer or of the head, and the same
-    rounded."""
-    _end_rows(n, layers, rows, room, geometry)
-
-
-@njit(**_KEPT)
-def decode_rows(layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
-    """All layers, for few rows: from `room.x` to the head's input, in `room.whole`."""
-    _begin_rows(layers, room, geometry)
-    for n in range(len(layers.windows)):
-        _multiply_rows(room.whole, _of_layer(layers.qkv, n), room.units, room.qkv)
-        _attend_rows(n, layers, rows, room, cache, geometry)
-        _multiply_rows(room.whole_heads, _of_layer(layers.o, n), room.units, room.y)
-        _close_rows(n, layers, rows, room, geometry)
-        _multiply_rows(room.whole, _of_layer(layers.gate_up, n), room.units, room.gated)
-        _gate_rows(n, layers, rows, room)
-        _multiply_rows(room.whole_inner, _of_layer(layers.down, n), room.units, room.y)
-        _end_rows(n, layers, rows, room, geometry)
+    Before stage 0 the tokens' embeddings are in `room.x`; after the last stage of the last layer the head's input is in
+    `room.whole`. Products are of `room.whole` -> `room.qkv`, `room.whole_heads` -> `room.y`, `room.whole` ->
+    `room.gated`, and `room.whole_inner` -> `room.y`, with `room.units`.
+    """
+    if first == 0:
+        _begin_rows(layers, room, geometry)
+    for stage in range(first, last):
+        n, what = stage // NUM_STAGES, stage % NUM_STAGES
+        if what == 0:
+            _multiply_rows(room.whole, _of_layer(layers.qkv, n), room.units, room.qkv)
+        elif what == 1:
+            _attend_rows(n, layers, rows, room, cache, geometry)
+        elif what == 2:
+            _multiply_rows(room.whole_heads, _of_layer(layers.o, n), room.units, room.y)
+        elif what == 3:
+            _close_rows(n, layers, rows, room, geometry)
+        elif what == 4:
+            _multiply_rows(room.whole, _of_layer(layers.gate_up, n), room.units, room.gated)
+        elif what == 5:
+            _gate_rows(n, layers, rows, room)
+        elif what == 6:
+            _multiply_rows(room.whole_inner, _of_layer(layers.down, n), room.units, room.y)
+        else:
+            _end_rows(n, layers, rows, room, geometry)

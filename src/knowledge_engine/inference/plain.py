@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,11 @@ class PlainModel:
         self.adapters = Adapters(self._load, self._remove, adapter_budget_bytes)
         self.vocabulary_size = int(model.config.get_text_config().vocab_size)
 
-    def open(self, request: EngineRequest) -> PlainPlace:
+    def open(self, request: EngineRequest) -> Generator[None, None, PlainPlace]:
         """Raises IntegrityError: the adapter's files are not what they should be."""
         digest = None
         if request.adapter is not None:
-            self.adapters.acquire(request.adapter)
+            yield from self.adapters.acquire(request.adapter)
             digest = request.adapter.digest
         return PlainPlace(DynamicCache(config=self._model.config), digest)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -63,8 +63,8 @@ class Model(Protocol):
     @property
     def adapters(self) -> Adapters[Any]: ...
 
-    def open(self, request: EngineRequest) -> Any:
-        """A place for a sequence, its adapter loaded; None while there is no room."""
+    def open(self, request: EngineRequest) -> Generator[None, None, Any]:
+        """A place for a sequence, its adapter loaded, in steps where that takes long; None while there is no room."""
 
     def close(self, place: Any) -> None:
         """Gives the place back."""
@@ -201,6 +201,8 @@ class Scheduler:
         self._max_active = max_active
         self._active: dict[Key, Sequence] = {}
         self._waiting: dict[Key, Sequence] = {}
+        self._opening: tuple[Key, Generator[None, None, Any]] | None = None
+        """Of those who wait, the one whose adapter is being loaded."""
         self.num_steps = 0
         self.num_aborted = 0
         self.max_steps_after_abort = 0
@@ -284,6 +286,9 @@ class Scheduler:
         sequence = self._waiting.pop(key, None) or self._active.get(key)
         if sequence is None:
             return
+        if self._opening is not None and self._opening[0] == key:
+            self._opening[1].close()
+            self._opening = None
         self._end(sequence, "aborted")
         self.num_aborted += 1
         self.max_steps_after_abort = max(self.max_steps_after_abort, sequence.num_steps - num_steps_at_arrival)
@@ -308,21 +313,38 @@ class Scheduler:
                 yield self._advance(sequence, token_ids, result)
 
     def _admit(self) -> Iterator[Output]:
-        while self._waiting and len(self._active) < self._max_active:
+        """Adapters are loaded one at a time and in steps of their own; meanwhile others have their turns."""
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            yield from self._open(*opening)
+        while len(self._active) + (self._opening is not None) < self._max_active:
             active = Counter(sequence.request.caller for sequence in self._active.values())
-            key, sequence = min(self._waiting.items(), key=lambda item: active[item[1].request.caller])
-            try:
-                place = self._model.open(sequence.request)
-            except Exception as error:
-                del self._waiting[key]
-                self._end(sequence, "failed")
-                yield Output(key, error=_as_ours(error))
-                continue
-            if place is None:
+            loaded = None if self._opening is None else {"", *self.adapters.digests}
+            turns = [
+                (active[sequence.request.caller], key)
+                for key, sequence in self._waiting.items()
+                if loaded is None or _adapter_of(sequence) in loaded
+            ]
+            if not turns:
+                return
+            _, key = min(turns, key=lambda turn: turn[0])
+            yield from self._open(key, self._model.open(self._waiting[key].request))
+            if key in self._waiting and (self._opening is None or self._opening[0] != key):
                 return  # whose turn it is waits for room
-            del self._waiting[key]
-            self._active[key] = sequence
-            sequence.begin(place)
+
+    def _open(self, key: Key, steps: Generator[None, None, Any]) -> Iterator[Output]:
+        """Takes one step towards a place."""
+        try:
+            next(steps)
+        except StopIteration as end:
+            if end.value is not None:
+                self._active[key] = sequence = self._waiting.pop(key)
+                sequence.begin(end.value)
+        except Exception as error:
+            self._end(self._waiting.pop(key), "failed")
+            yield Output(key, error=_as_ours(error))
+        else:
+            self._opening = key, steps
 
     def _plan(self) -> list[tuple[Sequence, list[int], int]]:
         """What each sequence reads in this step, and how many logits it wants."""
@@ -395,6 +417,12 @@ class Scheduler:
         if self._active.pop(sequence.key, None) is not None:
             self._model.close(sequence.place)
             sequence.place = None
+
+
+def _adapter_of(sequence: Sequence) -> str:
+    """Its digest; empty for none."""
+    adapter = sequence.request.adapter
+    return "" if adapter is None else adapter.digest
 
 
 def _as_ours(error: Exception) -> KnowledgeEngineError:

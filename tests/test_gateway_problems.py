@@ -6,19 +6,20 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx2
 import pytest
+from fastapi.sse import KEEPALIVE_COMMENT
 from google.rpc import status_pb2
 
 from gateway.app import create_app
 from gateway.problems import HTTP_STATUS, failure_of, http_status
 from gateway.routes import _job_event
-from gateway.sse import frames
+from gateway.sse import EventStream, frames
 from knowledge_engine.errors import Reason
 from knowledge_engine.settings import Settings
 from knowledge_engine.v1 import inference_pb2, jobs_pb2, jobs_pb2_grpc
@@ -245,20 +246,30 @@ async def test_a_quiet_stream_is_kept_alive_and_its_call_ends_with_it(server: Sc
         yield jobs_pb2.WatchJobResponse(event=event)
         await asyncio.sleep(60)
 
+    received: list[bytes] = []
+    enough = asyncio.Event()
+
+    async def receive() -> dict[str, str]:
+        await enough.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        received.append(message.get("body", b""))
+        if received[-3:] == [KEEPALIVE_COMMENT] * 3 and any(body.startswith(b"event:") for body in received):
+            enough.set()
+
     server.script["WatchJob"] = wait
     async with grpc.aio.insecure_channel(server.address) as channel:
         call = jobs_pb2_grpc.JobServiceStub(channel).WatchJob(jobs_pb2.WatchJobRequest(name="jobs/x"))
-        stream = frames(call, _job_event, "r1", heartbeat_seconds=0.02)
-        first = await anext(stream)
-        while first.startswith(b":"):  # on a busy machine a heartbeat may come before the event
-            first = await anext(stream)
-        received = [first, *[await anext(stream) for _ in range(3)]]
-        await stream.aclose()
+        stream = EventStream(frames(call, _job_event, "r1"), heartbeat_seconds=0.02)
+        async with asyncio.timeout(30):
+            await stream({"type": "http"}, receive, send)
         assert call.cancelled()
-    (event,) = events(received[0].decode())
+    (told,) = [body.decode() for body in received if body.startswith(b"event:")]
+    (event,) = events(told)
     assert (event[0], event[1]["log"]["message"]) == ("log", "a\nb")
-    assert received[0].decode().endswith("\nid: 1\n\n")
-    assert all(frame.startswith(b":") for frame in received[1:])
+    assert told.endswith("\nid: 1\n\n")
+    assert set(received) == {b"", KEEPALIVE_COMMENT, told.encode()}
 
 
 def test_bad_settings_stop_the_gateway_with_one_line(tmp_path: Path) -> None:

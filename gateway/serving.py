@@ -30,6 +30,7 @@ def serve(settings: Settings) -> None:
         app,
         host=host,
         port=port,
+        loop="uvloop",
         http=_protocol(settings.write_timeout_seconds),
         lifespan="on",
         log_level="warning",

@@ -33,6 +33,9 @@ from knowledge_engine.settings import PREFIX, Settings, split_address
 
 MODULES = {"server": "knowledge_engine.server", "gateway": "gateway", "engine": "knowledge_engine.inference.engine"}
 STOP_ORDER = ("gateway", "server", "engine")
+GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
+"""gRPC's newer event engine hands each message through two threads more than its poller does, and a switch of threads
+costs as much as the message; read at gRPC's import. A release that has no such switch says so in the log."""
 
 START_SECONDS = 60.0  # for server and gateway to answer; both take a second or two
 STABLE_SECONDS = 60.0  # a part that ran this long before it crashed starts with a clean record
@@ -204,13 +207,17 @@ def start_child(
     """Runs `python -m` with `command`, a module and its arguments, tied to the life of this process."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "knowledge_engine.supervisor", *command],
-        env=settings.child_environment(),
+        env=_environment(settings),
         cwd=folder,
         stdin=subprocess.PIPE,  # the lifeline; nothing is ever written
         stdout=stdout,
         stderr=stderr,
         start_new_session=True,
     )
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    return {"GRPC_EXPERIMENTS": GRPC_EXPERIMENTS} | settings.child_environment()
 
 
 def end_child(process: subprocess.Popen[bytes], bound_seconds: float, hurry: threading.Event | None = None) -> None:
@@ -391,7 +398,7 @@ def run_alone(settings: Settings, part: str) -> NoReturn:
         require_free(settings, ("grpc_address" if part == "server" else "http_address",))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-P", "-m", MODULES[part]], settings.child_environment())  # noqa: S606
+    os.execve(sys.executable, [sys.executable, "-P", "-m", MODULES[part]], _environment(settings))  # noqa: S606
 
 
 def _say(line: str) -> None:

@@ -331,6 +331,52 @@ async def test_a_caller_has_no_more_than_its_cap(base: Path, tmp_path: Path) -> 
         engine.stop()
 
 
+async def test_a_client_refuses_what_the_engine_would(base: Path, tmp_path: Path) -> None:
+    engine = EngineProcess(tmp_path, base, max_streams_per_caller=2)
+    try:
+        async with connected(engine) as client, connected(engine) as other:
+            request = replace(ask(prompt(engine), max_tokens=900), caller="many")
+            tasks = [asyncio.create_task(answer(client, request)) for _ in range(2)]
+            await until(client, lambda status: status.active == 2)
+            said = {"many": await failure(client, request)}
+            for number in range(ACTIVE + WAITING - 2):
+                tasks.append(asyncio.create_task(answer(client, replace(request, caller=str(number)))))  # noqa: PERF401
+            await until(client, lambda status: status.active + status.waiting == ACTIVE + WAITING)
+            said["one"] = await failure(client, replace(request, caller="one"))
+            assert [said[caller].reason for caller in said] == [Reason.CALLER_BUSY, Reason.ENGINE_BUSY]
+            with other.place("many", 2):  # it cannot know: the engine's word is the last
+                pass
+            tasks.pop().cancel()  # one place is free now
+            await until(client, lambda status: status.active + status.waiting < ACTIVE + WAITING)
+            for caller, error in said.items():
+                with client.place("last"), pytest.raises(CapacityError) as refused:
+                    client.place(caller).__enter__()
+                assert refused.value.to_dict() == said["one"].to_dict()
+                with pytest.raises(CapacityError) as refused:
+                    client.place(caller, 2).__enter__()
+                assert refused.value.to_dict() == error.to_dict()
+            told = (await client.metrics()).decode()
+            assert 'knowledge_engine_refusals_total{reason="ENGINE_BUSY"} 4.0' in told
+            assert 'knowledge_engine_refusals_total{reason="CALLER_BUSY"} 3.0' in told
+            assert (await client.metrics()).decode().count("BUSY") == told.count("BUSY")
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        engine.stop()
+
+
+async def test_an_answer_that_is_over_holds_no_place_though_nobody_has_read_it(
+    engine: EngineProcess, client: EngineClient
+) -> None:
+    unread = client.generate(ask(prompt(engine), max_tokens=20))
+    await anext(unread)
+    await until(client, lambda status: status.active == 0)
+    with client.place("", ACTIVE + WAITING):
+        pass
+    assert [piece async for piece in unread]
+
+
 async def test_stop_strings_cut_the_answer(engine: EngineProcess, client: EngineClient) -> None:
     whole = (await answer(client, ask(prompt(engine), max_tokens=60))).text
     middle = whole[len(whole) // 2 : len(whole) // 2 + 3]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,7 @@ from knowledge_engine.bases import prepare_base
 from knowledge_engine.core import FinishReason
 from knowledge_engine.inference.client import EngineClient, EngineRequest, Finished
 from knowledge_engine.metrics import ServerMetrics
+from knowledge_engine.server import services
 from knowledge_engine.server.app import start_server
 from knowledge_engine.server.status import Guard
 from knowledge_engine.settings import Settings
@@ -31,6 +33,8 @@ from knowledge_engine.tracing import Traces
 from knowledge_engine.v1 import inference_pb2, inference_pb2_grpc
 from tests.fakes_server import ScriptedServer, scripted_server
 from tests.running import environment
+from tests.test_engine import EngineProcess
+from tests.tiny import CONTEXT
 
 ROOT = Path(__file__).parent.parent
 WRITE_SECONDS = 0.5
@@ -74,6 +78,46 @@ async def test_the_engine_is_told_whose_request_it_is(
             call = stub.StreamGenerate(asked("base"), metadata=(("authorization", f"Bearer {key}"),))
             assert [message.WhichOneof("payload") async for message in call] == ["completion"]
     assert callers == ["shop", "lab"]
+
+
+async def test_no_prompt_is_encoded_that_there_is_no_room_for(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = EngineProcess(tmp_path, tiny_base, max_active_streams=1, max_waiting_streams=1)
+    settings = engine.settings.model_copy(update={"grpc_address": "127.0.0.1:0"})
+    too_long = asked("base", "kettle " * CONTEXT)
+    go_on = threading.Event()
+    encode = services._encode
+
+    def encode_later(*arguments: Any) -> list[int]:
+        assert go_on.wait(60)
+        return encode(*arguments)
+
+    try:
+        async with await start_server(settings) as server, grpc.aio.insecure_channel(server.address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            await eventually(lambda: server.engine.status.state == "ready", 120)
+            assert await end_of(stub.StreamGenerate(too_long)) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
+            monkeypatch.setattr(services, "_encode", encode_later)  # else it is over before anything can be asked
+            calls = [stub.StreamGenerate(asked("base")) for _ in range(2)]
+            busy = (grpc.StatusCode.RESOURCE_EXHAUSTED, "ENGINE_BUSY")
+            refused: list[Any] = []
+
+            async def ask_more() -> None:
+                while busy not in refused:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(0.2):  # the first may come before those two
+                            refused.append(await end_of(stub.StreamGenerate(too_long)))
+
+            await asyncio.wait_for(ask_more(), 30)
+            assert (await server.engine.refresh()).num_steps == 0
+            go_on.set()
+            for call in calls:
+                assert [message.WhichOneof("payload") async for message in call][-1] == "completion"
+            assert await end_of(stub.StreamGenerate(too_long)) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
+    finally:
+        go_on.set()
+        assert engine.stop() == 0
 
 
 # --- readers that do not read -------------------------------------------------------------------------------------
@@ -216,8 +260,8 @@ def endless_server(tmp_path: Path, tiny_base: Path) -> Iterator[tuple[subprocess
         process.wait()
 
 
-def asked(model: str) -> inference_pb2.StreamGenerateRequest:
-    message = inference_pb2.Message(role="user", content="Which kettle?")
+def asked(model: str, content: str = "Which kettle?") -> inference_pb2.StreamGenerateRequest:
+    message = inference_pb2.Message(role="user", content=content)
     return inference_pb2.StreamGenerateRequest(input=inference_pb2.GenerationInput(model=model, messages=[message]))
 
 

@@ -14,16 +14,18 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import AsyncGenerator
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from knowledge_engine.core import FinishReason, TokenLogprob
-from knowledge_engine.errors import KnowledgeEngineError, Reason, UpstreamError, from_dict
+from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, UpstreamError, from_dict
 from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
+    RETRY_SECONDS,
     Abort,
     Adapter,
     AskMetrics,
@@ -50,7 +52,6 @@ LOADING_SILENCE_SECONDS = 60.0
 """Importing torch from a cold disk holds the interpreter for many seconds."""
 FIRST_WAIT_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 2.0
-RETRY_SECONDS = 2.0
 LOADING_RETRY_SECONDS = 5.0
 
 # A Unix socket's path has at most 108 bytes with its NUL; some systems allow 104.
@@ -87,8 +88,11 @@ class EngineClient:
         self._path = socket_path
         self._status = EngineStatus(state="down", detail="not connected yet")
         self._writer: asyncio.StreamWriter | None = None
-        self._requests: dict[int, tuple[asyncio.Queue[TextDelta | Finished | KnowledgeEngineError], int]] = {}
-        """Where the outputs of each go, and which of the answers asked for there it is."""
+        self._requests: dict[int, _Awaited] = {}
+        """What the engine has been asked for, until its last output has come: read or not."""
+        self._preparing: Counter[str] = Counter()
+        """Answers of each caller that are about to be asked for."""
+        self._refused: Counter[Reason] = Counter()
         self._status_waiters: list[asyncio.Future[EngineStatus]] = []
         self._metrics_waiters: list[asyncio.Future[bytes]] = []
         self._last_words = ""  # why the engine gave up, as far as it said so
@@ -127,8 +131,34 @@ class EngineClient:
             return b""
         waiter: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._metrics_waiters.append(waiter)
-        self._writer.write(pack(AskMetrics()))
+        refused, self._refused = self._refused, Counter()
+        self._writer.write(pack(AskMetrics(refused=refused)))
         return await waiter
+
+    @contextlib.contextmanager
+    def place(self, caller: str, n: int = 1) -> Iterator[None]:
+        """Held while a prompt is being made ready, until `generate` asks for its `n` answers.
+
+        The engine has what this process has under way, and what others have besides: it would refuse what is refused
+        here, and may refuse more. So no prompt is encoded, nor waits to be, that there is no room for.
+
+        Raises:
+            CapacityError: ENGINE_BUSY, CALLER_BUSY.
+        """
+        callers = [*self._preparing.elements(), *(awaited.caller for awaited in self._requests.values())]
+        if (room := self._status.room) is not None:
+            for index in range(n):
+                try:
+                    room.demand(callers, caller)
+                except CapacityError as error:
+                    self._refused[error.reason] += n - index
+                    raise
+                callers.append(caller)
+        self._preparing[caller] += n
+        try:
+            yield
+        finally:
+            self._preparing[caller] -= n
 
     async def generate(self, request: EngineRequest, n: int = 1) -> AsyncGenerator[TextDelta | Finished, None]:
         """The text of `n` answers as it comes, and a `Finished` for each. Closing the iterator aborts within one step,
@@ -147,14 +177,14 @@ class EngineClient:
         going_on = dict.fromkeys(range(n))
         try:
             for choice in going_on:
-                self._requests[first + choice] = queue, choice
+                self._requests[first + choice] = _Awaited(queue, choice, request.caller)
                 writer.write(pack(Generate(id=first + choice, request=_of_choice(request, choice))))
             while going_on:
                 item = await queue.get()
                 if isinstance(item, KnowledgeEngineError):
                     raise item
                 if isinstance(item, Finished):
-                    del self._requests[first + item.choice], going_on[item.choice]
+                    del going_on[item.choice]
                 yield item
         finally:
             for choice in going_on:
@@ -236,8 +266,8 @@ class EngineClient:
         kind = frame.pop("type", None)
         if kind == "step":
             for number, *output in frame["outputs"]:
-                if (known := self._requests.get(number)) is not None:
-                    _put(*known, *output)
+                if (known := self._requests.get(number)) is not None and _put(known.queue, known.choice, *output):
+                    del self._requests[number]
         elif kind == "status":
             self._set_status(frame)
         elif kind == "metrics":
@@ -275,8 +305,17 @@ class EngineClient:
         self._fail_requests()
 
     def _fail_requests(self) -> None:
-        for queue, _ in self._requests.values():
-            queue.put_nowait(_unavailable(self._status.detail))
+        for awaited in self._requests.values():
+            awaited.queue.put_nowait(_unavailable(self._status.detail))
+        self._requests.clear()
+
+
+class _Awaited(NamedTuple):
+    """Where the outputs of a request go, which of the answers asked for there it is, and whose."""
+
+    queue: asyncio.Queue[TextDelta | Finished | KnowledgeEngineError]
+    choice: int
+    caller: str
 
 
 def _of_choice(request: EngineRequest, choice: int) -> EngineRequest:
@@ -295,7 +334,8 @@ def _put(
     finished: list[Any] | None,
     error: dict[str, Any] | None,
     logprobs: list[Any],
-) -> None:
+) -> bool:
+    """Hands an output on; whether it is the last."""
     if text or logprobs:
         queue.put_nowait(TextDelta(text, tuple(map(_logprob, logprobs)), choice))
     if finished is not None:
@@ -303,6 +343,7 @@ def _put(
         queue.put_nowait(dataclasses.replace(Finished(FinishReason(reason), *facts), choice=choice))
     if error is not None:
         queue.put_nowait(from_dict(error))
+    return finished is not None or error is not None
 
 
 def _logprob(told: list[Any]) -> TokenLogprob:

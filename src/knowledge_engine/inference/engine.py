@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any
 from knowledge_engine import hub
 from knowledge_engine.bases import Base, describe_origin, prepare_base
 from knowledge_engine.core import BASE
-from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason, UpstreamError
-from knowledge_engine.inference.client import LOADING_RETRY_SECONDS, RETRY_SECONDS, check_private, socket_path
+from knowledge_engine.errors import KnowledgeEngineError, Reason, UpstreamError
+from knowledge_engine.inference.client import LOADING_RETRY_SECONDS, check_private, socket_path
 from knowledge_engine.inference.lease import MemoryLease
 from knowledge_engine.inference.wire import (
     PROTOCOL_VERSION,
@@ -46,6 +46,7 @@ from knowledge_engine.inference.wire import (
     Generate,
     Hello,
     Ping,
+    Room,
     Unload,
     pack,
     parse_client_frame,
@@ -82,7 +83,7 @@ class Engine:
         self._settings = settings
         self._path = socket_path(settings)
         self._status = EngineStatus(state="preparing")
-        self._capacity = settings.max_active_streams + settings.max_waiting_streams
+        self._room = Room(settings.max_active_streams, settings.max_waiting_streams, settings.max_streams_per_caller)
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._scheduler: Scheduler | None = None  # set once the model is ready; called only in its thread
         self._connections: dict[int, asyncio.StreamWriter] = {}
@@ -166,6 +167,8 @@ class Engine:
         elif isinstance(frame, Ping):
             self._send(number, self._status_frame())
         elif isinstance(frame, AskMetrics):
+            for reason, count in frame.refused.items():
+                self._metrics.refusals.labels(reason).inc(count)
             self._send(number, {"type": "metrics", "text": self._metrics.text()})
         elif isinstance(frame, Unload):
             if self._scheduler is not None:
@@ -214,23 +217,7 @@ class Engine:
                 reason=Reason.BASE_MODEL_LOADING,
                 retry_after_seconds=LOADING_RETRY_SECONDS,
             )
-        if len(self._requests) >= self._capacity:
-            active, waiting = self._settings.max_active_streams, self._settings.max_waiting_streams
-            raise CapacityError(
-                f"{active} answers are under way and {waiting} wait; no more can.",
-                reason=Reason.ENGINE_BUSY,
-                retry_after_seconds=RETRY_SECONDS,
-                max_active_streams=active,
-                max_waiting_streams=waiting,
-            )
-        cap = self._settings.max_streams_per_caller
-        if cap is not None and list(self._requests.values()).count(caller) >= cap:
-            raise CapacityError(
-                f"{cap} answers of this caller are under way or wait; no more can.",
-                reason=Reason.CALLER_BUSY,
-                retry_after_seconds=RETRY_SECONDS,
-                max_streams_per_caller=cap,
-            )
+        self._room.demand(self._requests.values(), caller)
         return self._scheduler
 
     def _abort(self, key: Key) -> None:
@@ -274,7 +261,7 @@ class Engine:
     # --- the status -----------------------------------------------------------------------------------------------
 
     def _status_frame(self) -> dict[str, Any]:
-        status = self._status
+        status = replace(self._status, room=self._room)
         if (scheduler := self._scheduler) is not None:
             status = replace(
                 status,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -18,10 +19,12 @@ import msgpack  # type: ignore[import-untyped]
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from knowledge_engine.core import FinishReason, SamplingParams, TokenLogprob
+from knowledge_engine.errors import CapacityError, Reason
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_FRAME_BYTES = 8 * 2**20
 """A prompt of a million tokens is 5 MB; nothing honest is longer."""
+RETRY_SECONDS = 2.0
 
 _LENGTH = struct.Struct(">I")
 
@@ -82,6 +85,38 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Room:
+    """For how many answers an engine has room, and for how many of one caller."""
+
+    max_active_streams: int
+    max_waiting_streams: int
+    max_streams_per_caller: int | None
+
+    def demand(self, callers: Collection[str], caller: str) -> None:
+        """Room for one more answer of `caller`, where those of `callers` are under way or wait.
+
+        Raises:
+            CapacityError: ENGINE_BUSY, CALLER_BUSY.
+        """
+        active, waiting, cap = self.max_active_streams, self.max_waiting_streams, self.max_streams_per_caller
+        if len(callers) >= active + waiting:
+            raise CapacityError(
+                f"{active} answers are under way and {waiting} wait; no more can.",
+                reason=Reason.ENGINE_BUSY,
+                retry_after_seconds=RETRY_SECONDS,
+                max_active_streams=active,
+                max_waiting_streams=waiting,
+            )
+        if cap is not None and sum(other == caller for other in callers) >= cap:
+            raise CapacityError(
+                f"{cap} answers of this caller are under way or wait; no more can.",
+                reason=Reason.CALLER_BUSY,
+                retry_after_seconds=RETRY_SECONDS,
+                max_streams_per_caller=cap,
+            )
+
+
+@dataclass(frozen=True)
 class EngineStatus:
     """What the engine says of itself; `detail` is for people.
 
@@ -100,6 +135,7 @@ class EngineStatus:
     num_aborted: int = 0
     max_steps_after_abort: int = 0
     adapters: tuple[str, ...] = ()
+    room: Room | None = None
 
 
 class _Frame(BaseModel):
@@ -132,7 +168,10 @@ class Ping(_Frame):
 
 
 class AskMetrics(_Frame):
+    """`refused` are requests that the client did not even send, by reason: they are counted with the engine's own."""
+
     type: Literal["metrics"] = "metrics"
+    refused: dict[Reason, Annotated[int, Field(ge=0)]] = {}
 
 
 ClientFrame: TypeAlias = Hello | Generate | Abort | Unload | Ping | AskMetrics

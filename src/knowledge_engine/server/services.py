@@ -457,7 +457,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _answer(self, asked: core.GenerationInput) -> AsyncGenerator[TextDelta | core.Completion]:
         """Text deltas, then the facts. Closing the iterator stops the decoding."""
         received = time.monotonic()
-        answerer, request = await _in(self._threads, self._prepare, asked)
+        with self._engine.place(CALLER.get(), asked.n):
+            answerer, request = await _in(self._threads, self._prepare, asked)
         if isinstance(answerer, core.ModelVersion):
             await self._verify(answerer)
         first: float | None = None

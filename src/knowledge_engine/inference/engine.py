@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import gc
 import itertools
 import logging
 import os
@@ -298,6 +299,9 @@ class Engine:
     def _own_model(self) -> None:
         try:
             scheduler, status = self._load()
+            # Else every full collection looks at all of torch, and for 0.4 s nothing is decoded.
+            gc.collect()
+            gc.freeze()
             self._post(functools.partial(self._became_ready, scheduler, status))
             self._decode(scheduler)
         except KnowledgeEngineError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -272,6 +273,9 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     running = await start_server(settings)
+    # Else every full collection looks at all that was imported, and for 0.1 s nobody is answered.
+    gc.collect()
+    gc.freeze()
     print(json.dumps({"grpc_address": running.address}), flush=True)  # noqa: T201
     await stopping.wait()
     _LOG.info("stopping")

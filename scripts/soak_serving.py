@@ -1,14 +1,15 @@
 """Serving under attack: `python scripts/soak_serving.py [--rows D1,D3] [--scale 0.1] [--json]`.
 
 Each row attacks a real service (gateway, server and engine as processes of the supervisor, a tiny base) over real
-sockets and sets its figures beside those that pass; exits 1 when one is missed. Counts are those of the rows, but for
-D11, which sends 5,000 requests and not 50,000. D8 (adapters do not mix) is in tests/test_engine.py.
+sockets and sets its figures beside those that pass; exits 1 when one is missed. D8 runs on the bundled base. All take
+half an hour on two cores, a third of it D11.
 
 D1 cancelled streams give their places back     D2 connections that break off before anything is answered
 D3 ten times more than there is room for        D4 readers that do not read
 D5 SIGTERM with streams under way               D6 kill -9 of the server
-D7 kill -9 of the engine                        D9 prompts of a megabyte
-D10 the same text over SSE and gRPC             D11 nothing grows
+D7 kill -9 of the engine                        D8 32 adapters at once
+D9 prompts of a megabyte, listing of versions   D10 the same text over SSE and gRPC, and heartbeats
+D11 nothing grows
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere
 
+from knowledge_engine.bases import get_base
+from knowledge_engine.bundled import write_bundled_base
+from knowledge_engine.core import BASE, TrainingSpec
 from knowledge_engine.inference.client import EngineClient, EngineStatus, socket_path
+from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
-from knowledge_engine.v1 import inference_pb2, inference_pb2_grpc
+from knowledge_engine.text import ChatText
+from knowledge_engine.v1 import inference_pb2, inference_pb2_grpc, models_pb2, models_pb2_grpc
 from tests.running import Service, end, start
-from tests.tiny import build_tiny_base
+from tests.tiny import build_tiny_adapter, build_tiny_base
 
 CONTEXT = 16_384
 """Tokens; what is shorter than a megabyte in characters is encoded before it is refused."""
@@ -52,6 +59,7 @@ LONG = 2000
 CHOSEN: dict[str, Any] = {"temperature": 1.0, "seed": 1, "regex": "[a-z ]{6000,}"}
 """A random model ends its answers at random; a form makes them last as long as they may."""
 LAG_SECONDS = 0.01
+HEARTBEAT_SECONDS = 15
 DRAIN_SECONDS = 3
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -79,6 +87,7 @@ class Place:
     def __init__(self, folder: Path, base: Path, **settings: str) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
+        self.base = base
         self.service: Service = start(folder, base, **settings)
         self.engine = EngineClient(socket_path(Settings(data_dir=folder)))
         self.random = random.Random(1)
@@ -124,6 +133,22 @@ class Place:
             found |= {f"{name} files": process.num_fds(), f"{name} threads": process.num_threads()}
         return found
 
+    def publish(self, model: str, seed: int, rank: int, scale: float) -> None:
+        """A version of random weights, as a worker publishes what it has trained."""
+        base = get_base(Settings(data_dir=self.folder, base_model=str(self.base)), BASE)
+        registry = Registry(self.folder / "models")
+        job_id = f"{model}.{seed}"
+        registry.publish(
+            spec=TrainingSpec(dataset="d", model=model),
+            job_id=job_id,
+            folder=build_tiny_adapter(base.folder, registry.stage(job_id), seed, rank, scale),
+            base=base,
+            dataset_digest="sha256:data",
+            chat_template_digest=ChatText.load(base).template_digest,
+            comparison=None,
+            training_precision="float32",
+        )
+
     def kill(self, part: str) -> None:
         process = self.service.part(part)
         assert process is not None
@@ -135,10 +160,11 @@ class Place:
         return host, int(port)
 
 
-def ask(content: str = QUESTION, max_tokens: int = LONG, **chosen: Any) -> Any:
+def ask(content: str = QUESTION, max_tokens: int = LONG, model: str = BASE, **chosen: Any) -> Any:
     message = inference_pb2.Message(role="user", content=content)
     given = CHOSEN | chosen
-    asked = inference_pb2.GenerationInput(model="base", messages=[message], max_tokens=max_tokens, **given)
+    name = model if model == BASE else f"models/{model}"
+    asked = inference_pb2.GenerationInput(model=name, messages=[message], max_tokens=max_tokens, **given)
     return inference_pb2.StreamGenerateRequest(input=asked)
 
 
@@ -508,7 +534,58 @@ async def d4(place: Place, scale: float) -> Row:
         for found in sockets:
             found.close()
     row.tell("until no stream is left, s", await place.rest(), 2.0)
+    among_fast, among_slow = [await _fast_among(place, 4 * count, slowly) for slowly in (False, True)]
+    row.tell("their p99 while all answer beside that when all read fast", _ratio(among_slow, among_fast, 0.99), 1.2)
+    for what, found in (("before", fast_before), ("after", fast), ("all fast", among_fast), ("slow", among_slow)):
+        median, late = (1000 * percentile(found, share) for share in (0.5, 0.99))
+        row.notes.append(f"{what}: {len(found)} pieces, median {median:.1f} ms, p99 {late:.1f} ms")
     return row
+
+
+async def _fast_among(place: Place, count: int, slowly: bool) -> list[float]:
+    """Seconds between pieces of 20 who read at once while the engine works for `count` others, too: of those half read
+    nothing and half a piece a second when they do it `slowly`, else all read at once."""
+    between: list[float] = []
+    is_full = asyncio.Event()
+
+    async def read(stub: Any) -> None:
+        call = stub.StreamGenerate(ask(max_tokens=900))
+        last = None
+        while await call.read() is not grpc.aio.EOF:
+            now = time.monotonic()
+            if last is not None and is_full.is_set():
+                between.append(now - last)
+            last = now
+
+    async def look() -> None:
+        while True:
+            status = await place.engine.refresh()
+            is_full.set() if status.waiting else is_full.clear()
+            await asyncio.sleep(0.1)
+
+    pause = 1.0 if slowly else 0.0
+    async with place.stub() as stub, place.stub(**{"http2.bdp_probe": 0, "http2.lookahead_bytes": 16384}) as narrow:
+        fast = [asyncio.create_task(read(stub)) for _ in range(20)]
+        await place.until(lambda status: status.active == 20)
+        chosen: list[dict[str, Any]] = [{}, {"logprobs": True, "top_logprobs": 20}]
+        calls = [narrow.StreamGenerate(ask(max_tokens=600, **chosen[index % 2])) for index in range(count // 2)]
+        sockets = [_narrow_socket(place.http) for _ in range(count // 2)]
+        for index, narrow_socket in enumerate(sockets):
+            narrow_socket.sendall(http_request(600, **chosen[index % 2]))
+        step = 2 if slowly else 1
+        others = [asyncio.create_task(_crawl(call, pause)) for call in calls[::step]]
+        others += [asyncio.create_task(_crawl_socket(found, pause)) for found in sockets[::step]]
+        others.append(asyncio.create_task(look()))
+        await asyncio.gather(*fast)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for call in calls:
+            call.cancel()
+        for found in sockets:
+            found.close()
+    await place.rest()
+    return between
 
 
 async def _fast(place: Place) -> list[float]:
@@ -537,18 +614,18 @@ def _narrow_socket(address: tuple[str, int]) -> socket.socket:
     return made
 
 
-async def _crawl(call: Any) -> None:
+async def _crawl(call: Any, pause: float = 1.0) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError):
         async for _ in call:
-            await asyncio.sleep(1)
+            await asyncio.sleep(pause)
 
 
-async def _crawl_socket(found: socket.socket) -> None:
+async def _crawl_socket(found: socket.socket, pause: float = 1.0) -> None:
     found.setblocking(False)
     loop = asyncio.get_running_loop()
     with contextlib.suppress(OSError):
         while await loop.sock_recv(found, 2048):  # noqa: ASYNC110 - a slow reader is meant
-            await asyncio.sleep(1)
+            await asyncio.sleep(pause)
 
 
 def _came_whole(found: socket.socket) -> bool:
@@ -680,12 +757,62 @@ async def d7(place: Place, scale: float) -> Row:
     return row
 
 
+# --- D8: who answers ----------------------------------------------------------------------------------------------
+
+
+async def d8(place: Place, scale: float) -> Row:
+    """All at once first, while nothing is cached; then one by one, the last first."""
+    row = Row("D8", "adapters do not mix")
+    names = [f"shop-{seed}" for seed in range(32)]
+    for seed, name in enumerate(names):
+        await asyncio.to_thread(place.publish, name, seed, 8 + seed % 9, 0.1)
+    asked_of = [*names, BASE]
+    count = max(66, round(200 * scale))
+    beginning = "Our kettles boil a litre in three minutes and cost 39.90 EUR; two of them are in stock. "
+    questions = [
+        (asked_of[index % 33], f"{beginning * (index % 7)}Which one is for traveller {index % 40}?")
+        for index in range(count)
+    ]
+    greedy = {"temperature": 0.0, "seed": None, "regex": None}
+
+    async with place.stub() as stub:
+
+        async def answer(model: str, question: str) -> tuple[str, int]:
+            call = stub.StreamGenerate(ask(question, 24, model, **greedy))
+            text, num_tokens = "", 0
+            async for message in call:
+                text += message.text_delta
+                num_tokens += message.completion.completion_tokens
+            return text, num_tokens
+
+        began = time.monotonic()
+        together = await asyncio.gather(*(answer(*question) for question in questions))
+        seconds = time.monotonic() - began
+        alone = [await answer(*question) for question in reversed(questions)][::-1]
+        same = [(await answer(model, QUESTION))[0] for model in asked_of]
+    loaded = (await place.engine.refresh()).adapters
+    differ = [index for index in range(count) if together[index] != alone[index]]
+    for index in differ[:3]:
+        row.notes.append(f"{questions[index]}: {together[index]}, alone {alone[index]}")
+    row.tell("answers that are not those given alone", len(differ), 0)
+    row.tell("models that answer one question as another does", len(same) - len(set(same)), 0)
+    row.tell("adapters never loaded", len(names) - len(loaded), 0)
+    num_tokens = sum(tokens for _, tokens in together)
+    row.notes.append(
+        f"{count} answers, {len(set(together))} different ones, {num_tokens} tokens at once in {seconds:.1f} s"
+    )
+    return row
+
+
 # --- D9, D10, D11: what goes through ------------------------------------------------------------------------------
 
 
 async def d9(place: Place, scale: float) -> Row:
     row = Row("D9", "no prompt holds up an event loop")
     await place.rest()
+    for seed in range(100):  # a hundred models, and one of them with a hundred versions
+        await asyncio.to_thread(place.publish, f"shop-{seed}", seed, 2, 0.5)
+        await asyncio.to_thread(place.publish, "shop-0", 100 + seed, 2, 0.5)
     own: list[float] = []
     quiet = await _probed(place, asyncio.sleep(2), own)
     own.clear()
@@ -709,12 +836,38 @@ async def d9(place: Place, scale: float) -> Row:
             code, reason, _ = await end_of(stub.StreamGenerate(inference_pb2.StreamGenerateRequest(input=given)))
             outcomes[reason or code] += 1
 
+    listings: list[float] = []
+    over = asyncio.Event()
+
+    async def list_all() -> None:
+        """Again and again; and of one version after the other an answer, its first."""
+        async with grpc.aio.insecure_channel(place.service.grpc_address) as channel:
+            models, answers = (
+                models_pb2_grpc.ModelServiceStub(channel),
+                inference_pb2_grpc.InferenceServiceStub(channel),
+            )
+            while not over.is_set():
+                began = time.monotonic()
+                page = await models.ListModels(models_pb2.ListModelsRequest(page_size=1000))
+                versions = models_pb2.ListModelVersionsRequest(parent="models/shop-0", page_size=1000)
+                assert len(page.models) == 100
+                assert len((await models.ListModelVersions(versions)).model_versions) == 101
+                listings.append(time.monotonic() - began)
+                await end_of(answers.StreamGenerate(ask(max_tokens=2, model=f"shop-{len(listings) % 100}")))
+
     async def attack() -> None:
+        listing = asyncio.create_task(list_all())
         for first in range(0, count, 4):
             await asyncio.gather(*map(ask_much, range(first, first + 4)))
+        over.set()
+        await listing
 
     seen = await _probed(place, attack(), own)
     row.notes.append(f"{count} prompts of 1 MB, four at a time: {dict(outcomes)}")
+    row.notes.append(
+        f"beside them {len(listings)} listings of 100 models and 101 versions, p99 {percentile(listings, 0.99):.2f} s"
+    )
+    row.tell("listings that did not come", len(listings) < 10, 0)
     looks = {"quiet gRPC": quiet["gRPC"], "quiet REST": quiet["REST"], "this program's own loop": own}
     told = ", ".join(f"{what} {percentile(found, 0.999):.3f} s" for what, found in looks.items())
     row.notes.append(f"{len(seen['gRPC'])} + {len(seen['REST'])} looks; p99.9 beside them: {told}")
@@ -802,12 +955,53 @@ async def d10(place: Place, scale: float) -> Row:
     row.notes.append(f"{count} prompts; {newlines} answers with newlines, {data} with `data:`")
     row.tell("texts that differ", differ, 0)
     row.tell("streams without exactly one terminal frame, the last", unterminated, 0)
+    await _hear_heartbeats(place, row)
     return row
+
+
+async def _hear_heartbeats(place: Place, row: Row) -> None:
+    """The text of a stream is held back after its first piece, as it may turn out to be a stop string, and the engine
+    sleeps for four seconds after every few steps."""
+    async with place.stub() as stub:
+        pieces = [message.text_delta async for message in stub.StreamGenerate(ask(max_tokens=300))]
+    text = "".join(pieces)
+    stop = text[len(pieces[0]) :][:255] + "!"
+    reader, writer = await open_sse(place, http_request(300, stop=[stop]))
+    came: list[tuple[float, bytes]] = []
+
+    async def read() -> None:
+        while line := await reader.readline():
+            if line.startswith((b":", b"data: ")):
+                came.append((time.monotonic(), line.strip()))
+
+    reading = asyncio.create_task(read())
+    engine = place.processes()["engine"]
+    num_steps = (await place.engine.refresh()).num_steps
+    while not reading.done():
+        status = await place.engine.refresh()
+        if came and status.active and status.num_steps >= num_steps + 6:
+            num_steps = status.num_steps
+            engine.suspend()
+            try:
+                await asyncio.sleep(4)
+            finally:
+                engine.resume()
+    await reading
+    writer.close()
+    told = "".join(json.loads(line[6:]).get("text", "") for _, line in came if not line.startswith(b":"))
+    events = [when for when, line in came if not line.startswith(b":")]
+    silence = max(later - earlier for earlier, later in pairwise(events))
+    longest = max(later - earlier for (earlier, _), (later, _) in pairwise(came))
+    heartbeats = len(came) - len(events)
+    row.notes.append(f"{heartbeats} heartbeats in a silence of {silence:.1f} s")
+    row.tell("heartbeats too few", max(1, int(silence / HEARTBEAT_SECONDS)) - heartbeats, 0)
+    row.tell("longest without one, s", longest, HEARTBEAT_SECONDS + 1)
+    row.tell("texts that a silence changed", told != text, 0)
 
 
 async def d11(place: Place, scale: float) -> Row:
     row = Row("D11", "nothing grows")
-    count = max(300, round(5000 * scale))
+    count = max(300, round(50_000 * scale))
     await place.rest()
     await _warm(place)
     before = place.handles()
@@ -842,9 +1036,10 @@ async def d11(place: Place, scale: float) -> Row:
     await asyncio.sleep(6)
     after = place.handles()
     half = count / 2000
+    most = 0.5 if count >= 50_000 else 2.0  # memory is taken in steps, which few requests do not even out
     for name in PARTS:
         first, last = (sum(sample[name] for sample in samples[at : at + 2]) / 2 for at in (4, 8))
-        row.tell(f"MiB more for 1,000 requests in the second half, {name}", (last - first) / (0.8 * half), 2.0)
+        row.tell(f"MiB more for 1,000 requests in the second half, {name}", (last - first) / (0.8 * half), most)
     row.tell("files and threads more", max(after[what] - before[what] for what in before), 8)
     row.notes.append(f"before {before}, after {after}")
     row.notes.append(
@@ -870,6 +1065,7 @@ ROWS: dict[str, Callable[[Place, float], Awaitable[Row]]] = {
     "D5": d5,
     "D3": d3,
     "D4": d4,
+    "D8": d8,
 }
 _CALLERS = ",".join(f"{name}:{key}" for name, key in KEYS.items())
 SETTINGS = {
@@ -884,12 +1080,15 @@ SETTINGS = {
         "KNOWLEDGE_MAX_WAITING_STREAMS": "250",
         "KNOWLEDGE_WRITE_TIMEOUT_SECONDS": "3",
     },
+    "D8": {"KNOWLEDGE_MAX_WAITING_STREAMS": "200"},
 }
 """Of rows that have a service of their own; the others share one."""
 
 
 async def _soak(rows: list[str], scale: float, as_json: bool, folder: Path) -> bool:
     base = build_tiny_base(folder / "base")
+    if "D8" in rows:
+        write_bundled_base(folder / "bundled", lambda *_: None)
     for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
         file = base / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: CONTEXT}))
@@ -898,7 +1097,8 @@ async def _soak(rows: list[str], scale: float, as_json: bool, folder: Path) -> b
     groups += [[name] for name in SETTINGS if name in rows]
     for group in filter(None, groups):
         settings = SETTINGS.get(group[0], {"KNOWLEDGE_DRAIN_SECONDS": str(DRAIN_SECONDS)})
-        async with Place(folder / group[0], base, **settings) as place:
+        served = folder / "bundled" if group[0] == "D8" else base
+        async with Place(folder / group[0], served, **settings) as place:
             for name in group:
                 began = time.monotonic()
                 row = await ROWS[name](place, scale)

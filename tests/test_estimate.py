@@ -332,6 +332,46 @@ def test_a_container_has_the_memory_of_its_limit(
     assert list(devices.cgroup_limits(tmp_path / "fs", tmp_path / "cgroup")) == limits
 
 
+@pytest.mark.parametrize(
+    ("membership", "files", "rooms"),
+    [
+        (
+            "0::/pod\n",
+            {
+                "pod/memory.max": "4096\n",
+                "pod/memory.current": "3000\n",
+                "pod/memory.stat": "anon 1700\nactive_file 300\ninactive_file 1000\n",
+            },
+            [4096 - 1700],
+        ),
+        (
+            "4:memory:/x\n",
+            {
+                "memory/x/memory.limit_in_bytes": "1024\n",
+                "memory/x/memory.usage_in_bytes": "1000\n",
+                "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 500\n",
+            },
+            [524],
+        ),
+        ("0::/pod\n", {"pod/memory.max": "4096\n"}, [4096]),
+    ],
+    ids=["v2", "v1", "nothing told"],
+)
+def test_a_container_has_room_for_what_its_groups_do_not_hold(
+    tmp_path: Path, membership: str, files: dict[str, str], rooms: list[int]
+) -> None:
+    (tmp_path / "cgroup").write_text(membership)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    assert list(devices.cgroup_rooms(tmp_path / "fs", tmp_path / "cgroup")) == rooms
+
+
+def test_what_is_free_is_no_more_than_the_settings_leave(make_settings: Any) -> None:
+    assert devices.free_host_memory(make_settings(memory_limit_bytes=2**20)) < 0
+    assert devices.free_host_memory(make_settings()) > 0
+
+
 def test_the_limit_of_the_settings_is_the_last_word(make_settings: Any) -> None:
     assert devices.total_memory(make_settings(memory_limit_bytes=2**20)) == 2**20
     assert devices.total_memory(make_settings()) > 2**30

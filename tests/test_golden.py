@@ -22,7 +22,7 @@ from knowledge_engine.core import BASE, TrainingSpec
 from knowledge_engine.errors import IntegrityError, KnowledgeEngineError, Reason
 from knowledge_engine.files import sha256_of
 from knowledge_engine.inference.adapters import Adapters, at_once
-from knowledge_engine.inference.golden import GOLDEN, Golden, SelfTest
+from knowledge_engine.inference.golden import GOLDEN, TOLERANCES, Golden, SelfTest
 from knowledge_engine.inference.int8 import Int8Model
 from knowledge_engine.inference.scheduler import Model
 from knowledge_engine.inference.serving import serving_model
@@ -122,6 +122,40 @@ def test_a_version_answers_as_when_it_was_published(
     at_once(model.adapters.acquire(adapter))
     assert model.adapters.digests == (adapter.digest,)
     assert f"{adapter.digest} answers {len(golden.prompts)} golden prompts as published" in caplog.text
+
+
+def test_there_is_a_tolerance_for_every_precision_that_serves(published: tuple[Base, str, Adapter]) -> None:
+    base, precision, _ = published
+    precisions = modeling.serving_precisions(base)
+    assert precisions[0] == precision
+    assert set(precisions) == (set(TOLERANCES) if precision == "int8" else {"float32", "bfloat16"})
+
+
+@pytest.mark.parametrize("published", ["llama"], indirect=True)
+def test_every_precision_has_its_own_values_for_the_same_prompts(
+    published: tuple[Base, str, Adapter], tmp_path: Path
+) -> None:
+    base, precision, adapter = published
+    both = copied(adapter, tmp_path)
+    other = SelfTest(model_of(base, "bfloat16"), base, ChatText.load(base), "bfloat16")
+    checks: list[None] = []
+    other.record(both.folder, lambda: checks.append(None))
+    before, after = (Golden.model_validate_json((one.folder / GOLDEN).read_bytes()) for one in (adapter, both))
+    assert after.prompts == before.prompts
+    assert list(after.answers) == [precision, "bfloat16"]
+    assert after.answers[precision] == before.answers[precision] != after.answers["bfloat16"]
+    assert len(checks) == len(after.prompts)
+
+    both = republish(both)
+    for each in after.answers:
+        at_once(serve(base, each).adapters.acquire(both))
+    weights = load_file(both.folder / "adapter_model.safetensors")
+    weight = weights[max(name for name in weights if "lora_B" in name)].view(np.uint32)
+    weight.flat[np.abs(weight.view(np.float32)).argmax()] ^= np.uint32(1 << 30)
+    save_file(weights, both.folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    both = republish(both)
+    for each in after.answers:
+        assert "expected" in refused(serve(base, each), both)
 
 
 def test_the_first_tokens_are_the_likeliest_ones(published: tuple[Base, str, Adapter]) -> None:

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from knowledge_engine import modeling
+from knowledge_engine import devices, modeling
 from knowledge_engine.bases import Base
 from knowledge_engine.client import Client
 from knowledge_engine.core import (
@@ -51,7 +51,7 @@ from knowledge_engine.text import ChatText, Example
 from knowledge_engine.training.blocks import use_fused_layers
 from knowledge_engine.training.checkpoints import Checkpoints
 from knowledge_engine.training.data import collate
-from knowledge_engine.training.job import run_training
+from knowledge_engine.training.job import GOLDEN_VALUES_MISSING, run_training
 from knowledge_engine.training.loop import evaluation_batches, learning_rate_at, train
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
@@ -639,15 +639,61 @@ def test_a_job_publishes_what_it_trained(workshop: Workshop, bases: dict[str, Ba
     assert str(workshop.settings.data_dir.parent) not in (folder / "adapter_config.json").read_text()
     base = bases["llama"]
     text = ChatText.load(base)
-    engine = serving_model(
-        modeling.load_base(base, "int8", "cpu"), base, "int8", workshop.settings, lambda detail: None
-    )
-    engine.adapters.prove = SelfTest(engine, base, text, "int8").demand
-    at_once(engine.adapters.acquire(Adapter(version.digest, folder)))
+    assert list(golden_values(folder)) == ["int8", "bfloat16", "float32"]
+    for precision in golden_values(folder):
+        engine = serving_model(
+            modeling.load_base(base, precision, "cpu"), base, precision, workshop.settings, lambda detail: None
+        )
+        engine.adapters.prove = SelfTest(engine, base, text, precision).demand
+        at_once(engine.adapters.acquire(Adapter(version.digest, folder)))
     served = modeling.add_adapter(modeling.load_base(base, "int8", "cpu"), folder, "x")
     modeling.select_adapter(served, "x")
     rows = [text.encode_example(row.messages) for row in workshop.datasets.conversations("talks")]
     assert mean_loss(served, evaluation_batches(rows, "cpu"), lambda: None)[0] < result.comparison.base_loss
+
+
+def golden_values(folder: Path) -> dict[str, Any]:
+    """By precision."""
+    answers: dict[str, Any] = json.loads((folder / "golden.json").read_text())["answers"]
+    return answers
+
+
+def test_a_precision_without_room_is_left_out_with_a_warning(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "free_host_memory", lambda settings: 2**28)  # no test can fill the machine
+    _, context = workshop.run(max_steps=1)
+    assert list(golden_values(workshop.registry.folder("shop", 1))) == ["int8"]
+    ((reason, said),) = context.warnings
+    assert reason == GOLDEN_VALUES_MISSING
+    assert "bfloat16 (it takes 0.27 GB of memory, and 0.27 GB are free), float32 (" in said
+
+
+def test_a_precision_whose_answers_are_not_finite_is_left_out_with_a_warning(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = SelfTest.record
+
+    def record_one(self: SelfTest, folder: Path, check: Callable[[], None]) -> None:
+        if (folder / "golden.json").exists():
+            raise KnowledgeEngineError("not finite", reason=Reason.NON_FINITE)
+        record(self, folder, check)
+
+    monkeypatch.setattr(SelfTest, "record", record_one)  # what float32 holds, these precisions hold in a small base
+    _, context = workshop.run(max_steps=1)
+    assert list(golden_values(workshop.registry.folder("shop", 1))) == ["int8"]
+    assert "bfloat16 (its answers are not finite), float32 (its" in context.warnings[0][1]
+
+
+def test_a_job_is_stopped_while_golden_values_are_recorded(workshop: Workshop) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.total_steps and progress.phase == "publishing":
+            workshop.context.stop_at_check = workshop.context.num_checks + 3
+
+    with pytest.raises(JobStopped):
+        workshop.run(max_steps=1, report=stop)
+    assert workshop.context.events[-1].phase == "publishing"
+    assert not (workshop.settings.data_dir / "models" / "shop").exists()
 
 
 def test_without_a_split_nothing_is_compared(workshop: Workshop) -> None:

@@ -52,6 +52,15 @@ def memory_in_use() -> int:
     return int(psutil.virtual_memory().used)
 
 
+def free_host_memory(settings: Settings) -> int:
+    """Bytes of the host that this process may take beside what it has: what nobody holds, or less where a container's
+    limit, or on a CPU that of the settings, leaves less. Negative where it has more than it may."""
+    rooms = [psutil.virtual_memory().available, *cgroup_rooms(_CGROUPS, _CGROUP_OF_THIS_PROCESS)]
+    if settings.memory_limit_bytes is not None and default_device() == CPU:
+        rooms.append(settings.memory_limit_bytes - resident_memory())
+    return int(min(rooms))
+
+
 def has_bfloat16() -> bool:
     """Whether the CUDA device computes in bfloat16: compute capability 8.0, Ampere, and newer."""
     with _nvml() as nvml:
@@ -116,6 +125,23 @@ def cgroup_limits(root: Path, membership: Path) -> Iterator[int]:
     `root` is where the hierarchies are mounted, `membership` the process's `/proc/PID/cgroup`. Inside a container the
     paths named there may not exist; its own limit then stands at the root.
     """
+    return (limit for _, limit in _limited_groups(root, membership))
+
+
+def cgroup_rooms(root: Path, membership: Path) -> Iterator[int]:
+    """Of each of these limits, what its group does not hold; files that the kernel only caches count for nothing."""
+    for group, limit in _limited_groups(root, membership):
+        used = _read_limit(group / "memory.current") or _read_limit(group / "memory.usage_in_bytes") or 0
+        cached = 0
+        with contextlib.suppress(OSError):
+            lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            facts = dict(line.split(" ", 1) for line in lines)
+            prefix = "total_" if "total_inactive_file" in facts else ""  # v1: with the groups below
+            cached = sum(int(facts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+        yield limit - max(0, used - cached)
+
+
+def _limited_groups(root: Path, membership: Path) -> Iterator[tuple[Path, int]]:
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -133,7 +159,7 @@ def cgroup_limits(root: Path, membership: Path) -> Iterator[int]:
             if not level.is_relative_to(folder):
                 break
             if (limit := _read_limit(level / file)) is not None:
-                yield limit
+                yield level, limit
 
 
 def _read_limit(path: Path) -> int | None:

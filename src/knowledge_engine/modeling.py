@@ -14,7 +14,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from knowledge_engine import devices
@@ -45,6 +45,8 @@ from knowledge_engine.files import read_json
 
 FLOAT32, BFLOAT16, NF4, INT8 = "float32", "bfloat16", "nf4", "int8"
 INT8_LEVELS = 127
+SERVED_BYTES = {INT8: 4 + 1, FLOAT32: 4, BFLOAT16: 2}
+"""Of a weight on a CPU while a base is made ready to serve: what becomes eight bits is there in float32 as well."""
 
 _INT8_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2"})
 _INT8_CLIPPING = (1.0, 0.94, 0.88)
@@ -101,6 +103,11 @@ def serving_precision(base: Base, device: str) -> str:
     return INT8 if device == devices.CPU and _is_llama_shaped(base) else float_precision(device)
 
 
+def serving_precisions(base: Base) -> tuple[str, ...]:
+    """All that some machine serves this base in: the precision of a CPU, of a GPU, and of one older than Ampere."""
+    return tuple(dict.fromkeys((serving_precision(base, devices.CPU), BFLOAT16, FLOAT32)))
+
+
 def training_precision(device: str, *, use_qlora: bool) -> str:
     """The precision of the frozen base during training."""
     return NF4 if use_qlora else float_precision(device)
@@ -123,15 +130,9 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
+    load = _load_unmapped if precision == BFLOAT16 and device == devices.CPU else _load
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base.folder,
-            device_map={"": device},
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **options,
-        )
+        model = load(base.folder, device, options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
@@ -151,6 +152,36 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
             torch.mul(rounded, scales[:, None], out=weight.data)
     model.requires_grad_(False)
     model.train(False)
+    return model
+
+
+def _load(folder: Path, device: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder,
+        device_map={"": device},
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **options,
+    )
+    return model
+
+
+def _load_unmapped(folder: Path, device: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The same model, its tensors read and converted one by one: of files in float32 that are mapped, all pages stay
+    resident until the last is, twice what the model takes."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))  # type: ignore[no-untyped-call]
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+            for path in sorted(folder.glob("*.safetensors"))
+        ]
+        tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
+        model: PreTrainedModel = kind.from_pretrained(
+            None, config=config, state_dict=tensors, device_map={"": device}, **options
+        )
     return model
 
 
@@ -553,6 +584,7 @@ __all__ = [
     "save_adapter",
     "select_adapter",
     "serving_precision",
+    "serving_precisions",
     "training_precision",
     "unwrap",
     "without_adapter",

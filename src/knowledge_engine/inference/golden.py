@@ -119,31 +119,29 @@ class SelfTest:
         self._told: set[str] = set()
 
     def record(self, folder: Path, check: Callable[[], None]) -> None:
-        """Writes the golden values of the adapter in `folder` beside it. Conversations that the template refuses, or
-        the context does not hold, are left out. `check` is called now and then and may raise.
+        """Adds the golden values of the adapter in `folder` to those beside it in other precisions, which have the same
+        prompts. Conversations that the template refuses, or the context does not hold, are left out. `check` is called
+        before each prompt and may raise.
 
         Raises:
             KnowledgeEngineError: NON_FINITE.
         """
+        before = _read(folder)
+        prompts = before.prompts if before else self._render()
+        if not prompts:
+            return
         adapter = Adapter(GOLDEN, folder)
         content = at_once(self._model.adapters.acquire(adapter))
         try:
-            prompts: list[Prompt] = []
             answers: list[Answer] = []
-            for messages in _PROMPTS:
+            for prompt in prompts:
                 check()
-                try:
-                    token_ids = self._text.encode_prompt(messages)
-                except InvalidSpecError:
-                    continue
-                if len(token_ids) + _ANSWER_TOKENS <= self._limit:
-                    prompts.append(Prompt(messages=list(messages), token_ids=token_ids))
-                    answers.append(self._answer(adapter, content, token_ids))
+                answers.append(self._answer(adapter, content, prompt.token_ids))
         finally:
             self._model.adapters.release(adapter.digest)
-        if prompts:
-            golden = Golden(prompts=prompts, answers={self._precision: answers})
-            write_durably(folder / GOLDEN, golden.model_dump_json(indent=1).encode())
+        others = before.answers if before else {}
+        golden = Golden(prompts=prompts, answers={**others, self._precision: answers})
+        write_durably(folder / GOLDEN, golden.model_dump_json(indent=1).encode())
 
     def demand(self, adapter: Adapter, content: Any) -> Iterator[None]:
         """Asks a loaded adapter for what it answered when it was published, one prompt a step. One that has no golden
@@ -179,6 +177,17 @@ class SelfTest:
             len(golden.prompts),
             1000 * seconds,
         )
+
+    def _render(self) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        for messages in _PROMPTS:
+            try:
+                token_ids = self._text.encode_prompt(messages)
+            except InvalidSpecError:
+                continue
+            if len(token_ids) + _ANSWER_TOKENS <= self._limit:
+                prompts.append(Prompt(messages=list(messages), token_ids=token_ids))
+        return prompts
 
     def _answer(self, adapter: Adapter, content: Any, prompt: list[int]) -> Answer:
         place = self._model.spare(adapter.digest, content)

@@ -2,11 +2,13 @@
 
 loading -> training -> evaluating -> publishing. Base and tuned model are compared as they will be served: the adapter's
 written files on the base in the serving precision. On the same base the golden values of the self-test are recorded, by
-the model that serves.
+the model that serves, and then on this machine's CPU those of the precisions that other machines serve in.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import os
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from knowledge_engine import modeling
+from knowledge_engine import devices, modeling
 from knowledge_engine.bases import Base, describe_origin, prepare_base
 from knowledge_engine.core import (
     BASE,
@@ -44,7 +46,7 @@ from knowledge_engine.text import ChatText, read_template
 from knowledge_engine.tracking import Tracker, open_tracker
 from knowledge_engine.training.checkpoints import Checkpoints
 from knowledge_engine.training.data import Batch
-from knowledge_engine.training.estimate import demand_room
+from knowledge_engine.training.estimate import demand_room, read_shape
 from knowledge_engine.training.loop import TrainedSummary, demand_finite, evaluation_batches, train
 from knowledge_engine.training.loss import mean_loss, preference_loss, preference_margins
 from knowledge_engine.training.material import (
@@ -70,6 +72,9 @@ from knowledge_engine.training.publishing import (
 from knowledge_engine.training.shortages import Shortages
 
 DORA_NOT_EVERYWHERE = "DORA_NOT_EVERYWHERE"
+GOLDEN_VALUES_MISSING = "GOLDEN_VALUES_MISSING"
+_RECORDING_BYTES = 2**28
+"""Kernels, logits, and what else recording golden values takes beside the base."""
 _ROWS_PER_LINE = 20
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -173,6 +178,7 @@ def _obtain(
     start = _start_from(registry, spec)
     summary = _train(context, spec, base, material, start, folder, tracker, device, checkpoints, shortages)
     comparison = _try_out(context, settings, spec, base, material, folder, summary.num_steps, device)
+    _record_elsewhere(context, settings, base, folder, device)
     for name in _TOKENIZER_FILES:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
@@ -301,7 +307,7 @@ def _try_out(
     device: str,
 ) -> HeldOutComparison | None:
     """The written adapter on the base as it is served: what `_compare` finds, None without held-out rows; and its
-    golden values, written beside it."""
+    golden values, written beside it. The base is gone when it returns."""
     context.report(Progress(phase="evaluating" if material.held_out else "publishing"))
     failpoint("training.evaluation")
     precision = modeling.serving_precision(base, device)
@@ -311,7 +317,57 @@ def _try_out(
         comparison = _compare(context, spec, served, material, folder, num_steps, device, precision)
     model = serving_model(served, base, precision, settings, lambda detail: None)
     SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
+    del served, model
+    _free_memory()
     return comparison
+
+
+def _record_elsewhere(context: JobContext, settings: Settings, base: Base, folder: Path, device: str) -> None:
+    """Golden values in the precisions that serve on other machines, one after the other. One that cannot be had is left
+    out, with a warning: machines that serve in it will refuse the version."""
+    own = modeling.serving_precision(base, device)
+    precisions = [precision for precision in modeling.serving_precisions(base) if precision != own]
+    problems: list[str] = []
+    for done, precision in enumerate(precisions):
+        context.report(Progress(phase="publishing", step=done, total_steps=len(precisions)))
+        context.check()
+        began = time.monotonic()
+        problem = _record_on_cpu(context, settings, base, folder, precision)
+        _free_memory()
+        if problem:
+            problems.append(f"{precision} ({problem})")
+        else:
+            context.log(f"golden values in {precision}, too ({time.monotonic() - began:.1f} s)")
+    if problems:
+        context.warn(
+            GOLDEN_VALUES_MISSING,
+            f"no golden values in {', '.join(problems)}: machines that serve so will refuse this version",
+        )
+
+
+def _record_on_cpu(context: JobContext, settings: Settings, base: Base, folder: Path, precision: str) -> str:
+    """Why there are no golden values in this precision; empty where there are."""
+    shape = read_shape(base.folder)
+    # Files in 16 bits lie beside what is made of them.
+    copied = 0 if shape.is_float32 else shape.file_bytes
+    needed = copied + modeling.SERVED_BYTES[precision] * shape.num_weights + _RECORDING_BYTES
+    free = devices.free_host_memory(settings)
+    if needed > free:
+        return f"it takes {needed / 1e9:.2f} GB of memory, and {max(0, free) / 1e9:.2f} GB are free"
+    try:
+        loaded = modeling.load_base(base, precision, devices.CPU)
+        model = serving_model(loaded, base, precision, settings, lambda detail: None)
+        SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
+    except KnowledgeEngineError as error:
+        if error.reason is not Reason.NON_FINITE:
+            raise
+        return "its answers are not finite"
+    except Exception as error:
+        # Torch says so, too, where it has no kernel for a CPU.
+        if not (modeling.is_out_of_memory(error) or isinstance(error, RuntimeError)):
+            raise
+        return f"{type(error).__name__}: {error}"[:200]
+    return ""
 
 
 def _compare(
@@ -414,5 +470,7 @@ def _publish(
 
 def _free_memory() -> None:
     gc.collect()
+    with contextlib.suppress(AttributeError):  # of glibc alone, which keeps what was freed in small pieces
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

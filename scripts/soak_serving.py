@@ -534,7 +534,10 @@ async def d4(place: Place, scale: float) -> Row:
         for found in sockets:
             found.close()
     row.tell("until no stream is left, s", await place.rest(), 2.0)
-    among_fast, among_slow = [await _fast_among(place, 4 * count, slowly) for slowly in (False, True)]
+    among_fast, among_slow = [], []
+    for _ in range(3):  # by turns, as what else the machine does comes and goes
+        among_fast += await _fast_among(place, 4 * count, slowly=False)
+        among_slow += await _fast_among(place, 4 * count, slowly=True)
     row.tell("their p99 while all answer beside that when all read fast", _ratio(among_slow, among_fast, 0.99), 1.2)
     for what, found in (("before", fast_before), ("after", fast), ("all fast", among_fast), ("slow", among_slow)):
         median, late = (1000 * percentile(found, share) for share in (0.5, 0.99))
@@ -765,7 +768,7 @@ async def d8(place: Place, scale: float) -> Row:
     row = Row("D8", "adapters do not mix")
     names = [f"shop-{seed}" for seed in range(32)]
     for seed, name in enumerate(names):
-        await asyncio.to_thread(place.publish, name, seed, 8 + seed % 9, 0.1)
+        await asyncio.to_thread(place.publish, name, seed, 8 + seed % 9, 0.3)
     asked_of = [*names, BASE]
     count = max(66, round(200 * scale))
     beginning = "Our kettles boil a litre in three minutes and cost 39.90 EUR; two of them are in stock. "
@@ -782,7 +785,7 @@ async def d8(place: Place, scale: float) -> Row:
             text, num_tokens = "", 0
             async for message in call:
                 text += message.text_delta
-                num_tokens += message.completion.completion_tokens
+                num_tokens += message.completion.usage.completion_tokens
             return text, num_tokens
 
         began = time.monotonic()
@@ -1088,6 +1091,7 @@ SETTINGS = {
 async def _soak(rows: list[str], scale: float, as_json: bool, folder: Path) -> bool:
     base = build_tiny_base(folder / "base")
     if "D8" in rows:
+        (folder / "bundled").mkdir()
         write_bundled_base(folder / "bundled", lambda *_: None)
     for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
         file = base / name

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
@@ -294,7 +293,7 @@ def main() -> None:
         _LOG.warning("%s is set: parts of this service will fail on purpose", failpoints.VARIABLE)
     os.umask(0o077)
     try:
-        uvloop.run(serve(load_settings()))
+        asyncio.run(serve(load_settings()))
     except KnowledgeEngineError as error:
         raise SystemExit(f"{error.message}") from None
     # The interpreter waits for threads of pools; one of them may be inside a bucket that hangs.

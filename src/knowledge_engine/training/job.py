@@ -307,7 +307,7 @@ def _try_out(
     device: str,
 ) -> HeldOutComparison | None:
     """The written adapter on the base as it is served: what `_compare` finds, None without held-out rows; and its
-    golden values, written beside it. The base is gone when it returns."""
+    golden values, written beside it."""
     context.report(Progress(phase="evaluating" if material.held_out else "publishing"))
     failpoint("training.evaluation")
     precision = modeling.serving_precision(base, device)
@@ -317,8 +317,6 @@ def _try_out(
         comparison = _compare(context, spec, served, material, folder, num_steps, device, precision)
     model = serving_model(served, base, precision, settings, lambda detail: None)
     SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
-    del served, model
-    _free_memory()
     return comparison
 
 
@@ -333,7 +331,6 @@ def _record_elsewhere(context: JobContext, settings: Settings, base: Base, folde
         context.check()
         began = time.monotonic()
         problem = _record_on_cpu(context, settings, base, folder, precision)
-        _free_memory()
         if problem:
             problems.append(f"{precision} ({problem})")
         else:
@@ -347,6 +344,7 @@ def _record_elsewhere(context: JobContext, settings: Settings, base: Base, folde
 
 def _record_on_cpu(context: JobContext, settings: Settings, base: Base, folder: Path, precision: str) -> str:
     """Why there are no golden values in this precision; empty where there are."""
+    _free_memory()  # of the precision before
     shape = read_shape(base.folder)
     # Files in 16 bits lie beside what is made of them.
     copied = 0 if shape.is_float32 else shape.file_bytes

@@ -425,3 +425,26 @@ async def test_an_engine_refuses_a_version_and_goes_on_answering_by_others(tmp_p
     log = engine.log.read_text()
     assert log.count("sha256:untested was published without golden values") == 1
     assert f"{good.digest} answers" in log
+
+
+def test_what_is_unloaded_while_it_is_loaded_goes_after_its_use(tmp_path: Path) -> None:
+    removed: list[str] = []
+
+    def prove(adapter: Adapter, content: str) -> Iterator[None]:
+        yield
+
+    adapters: Adapters[str] = Adapters(lambda adapter: ("content", 1), removed.append, 100)
+    adapters.prove = prove
+    steps = adapters.acquire(Adapter("sha256:1", tmp_path))
+    next(steps)
+    adapters.unload("sha256:1")
+    assert at_once(steps) == "content"
+    assert removed == []
+    adapters.release("sha256:1")
+    assert (adapters.digests, removed) == ((), ["content"])
+
+    steps = adapters.acquire(Adapter("sha256:1", tmp_path))
+    next(steps)
+    steps.close()
+    assert (adapters.digests, removed) == ((), ["content"] * 2)
+    adapters.unload("sha256:1")

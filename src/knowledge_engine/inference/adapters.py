@@ -41,6 +41,7 @@ class Adapters(Generic[T]):
         self._remove = remove
         self._budget_bytes = budget_bytes
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self._unproven: dict[str, _Entry[T]] = {}
         self._pinned: dict[str, str] = {}
         """Digests that stay, by pin."""
         self._failed: dict[str, tuple[_Stamp, IntegrityError]] = {}
@@ -67,8 +68,7 @@ class Adapters(Generic[T]):
         """
         entry = self._entries.get(adapter.digest)
         if entry is None:
-            content, size_bytes = yield from self._load_proven(adapter)
-            entry = self._entries[adapter.digest] = _Entry(content, size_bytes)
+            entry = self._entries[adapter.digest] = yield from self._load_proven(adapter)
             self.num_loads += 1
         if adapter.pin:
             self._pinned[adapter.pin] = adapter.digest
@@ -86,31 +86,33 @@ class Adapters(Generic[T]):
         self._make_room()
 
     def unload(self, digest: str) -> None:
-        """Forgets the adapter, at once or after its last use."""
+        """Forgets the adapter, at once or after its last use; one that is being loaded has a use before it."""
         self._failed.pop(digest, None)
-        entry = self._entries.get(digest)
-        if entry is not None and entry.num_users:
+        entry = self._entries.get(digest) or self._unproven.get(digest)
+        if entry is not None and (entry.num_users or digest in self._unproven):
             entry.is_unloading = True
         elif entry is not None:
             self._drop(digest)
 
-    def _load_proven(self, adapter: Adapter) -> Generator[None, None, tuple[T, int]]:
+    def _load_proven(self, adapter: Adapter) -> Generator[None, None, _Entry[T]]:
         stamp = _stamp(adapter.folder)
         if adapter.digest in self._failed:
             known, error = self._failed[adapter.digest]
             if known == stamp:  # loading and testing again would hold up everybody who is being answered
                 raise from_dict(error.to_dict())
-        content, size_bytes = self._load(adapter)
+        entry = self._unproven[adapter.digest] = _Entry(*self._load(adapter))
         try:
             if self.prove is not None:
-                yield from self.prove(adapter, content)
+                yield from self.prove(adapter, entry.content)
         except BaseException as error:
-            self._remove(content)
+            self._remove(entry.content)
             if isinstance(error, IntegrityError) and error.reason is Reason.SELF_TEST_FAILED:
                 self._failed[adapter.digest] = stamp, error
             raise
+        finally:
+            del self._unproven[adapter.digest]
         self._failed.pop(adapter.digest, None)
-        return content, size_bytes
+        return entry
 
     def _make_room(self) -> None:
         kept = set(self._pinned.values())

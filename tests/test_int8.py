@@ -19,8 +19,9 @@ from knowledge_engine.inference import int8, kernels
 from knowledge_engine.inference.adapters import at_once
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.drafts import Drafts
-from knowledge_engine.inference.int8 import Int8Model, Int8Place
+from knowledge_engine.inference.int8 import Int8Model
 from knowledge_engine.inference.kernels import BLOCK_TOKENS
+from knowledge_engine.inference.paged import Place
 from knowledge_engine.inference.wire import Adapter, EngineRequest
 from knowledge_engine.settings import Settings
 from tests.tiny import CONTEXT, VOCABULARY, build_tiny_adapter, build_tiny_base
@@ -45,13 +46,13 @@ def request(tokens: list[int], adapter: Adapter | None = None, caller: str = "",
     return EngineRequest(tokens, SamplingParams(max_tokens=max_tokens), [], adapter, caller)
 
 
-def opened(model: Int8Model, asked: EngineRequest) -> Int8Place:
+def opened(model: Int8Model, asked: EngineRequest) -> Place[Any]:
     place = at_once(model.open(asked))
     assert place is not None
     return place
 
 
-def run(model: Int8Model, *pieces: tuple[Int8Place, int, list[int], int]) -> list[torch.Tensor]:
+def run(model: Int8Model, *pieces: tuple[Place[Any], int, list[int], int]) -> list[torch.Tensor]:
     results = dict(model.forward(list(pieces)))
     logits: list[torch.Tensor] = []
     for index in range(len(pieces)):

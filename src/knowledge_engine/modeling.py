@@ -261,15 +261,22 @@ def _all_linears(model: PreTrainedModel) -> list[nn.Linear]:
 def _is_llama_shaped(base: Base) -> bool:
     """Whether `inference/int8.py` computes this architecture, as its config.json has it."""
     config = read_json(base.folder / "config.json")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads = int(config.get("num_attention_heads", 1))
     head_width = config.get("head_dim") or int(config.get("hidden_size", 0)) // heads
     return (
         base.architecture in _INT8_ARCHITECTURES
         and config.get("hidden_act", "silu") == "silu"
-        and rope.get("rope_type", rope.get("type", "default")) in _STATIC_ROPE
+        and has_static_rope(base)
         and head_width % 8 == 0
     )
+
+
+def has_static_rope(base: Base) -> bool:
+    """Whether a token's rotation is decided by its position alone, and not by how long its sequence is."""
+    config = read_json(base.folder / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    return all(kind.get("rope_type", kind.get("type", "default")) in _STATIC_ROPE for kind in by_layer)
 
 
 def _is_target(name: str, target: str) -> bool:
@@ -287,6 +294,23 @@ def linear_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def linear_size(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear module."""
+    if isinstance(module, Conv1D):
+        num_inputs, num_outputs = module.weight.shape
+        return num_outputs, num_inputs
+    return module.out_features, module.in_features
+
+
+def dense_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (O, I) of a linear module, dequantised for this call where it is kept in four bits."""
+    if isinstance(module, Linear4bit):
+        quantised: Any = module.weight
+        return dequantize_4bit(quantised, quantised.quant_state).to(dtype)
+    weight: torch.Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    return weight.to(dtype)
+
+
 class AdaptedLinear:
     """A linear module with its adapter, for code that does the arithmetic itself."""
 
@@ -300,12 +324,7 @@ class AdaptedLinear:
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The frozen weight (outputs, inputs), dequantised for this call where it is kept in four bits."""
-        layer = self.module.base_layer
-        if isinstance(layer, Linear4bit):
-            quantised: Any = layer.weight
-            return dequantize_4bit(quantised, quantised.quant_state).to(dtype)
-        weight: torch.Tensor = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-        return weight.to(dtype)
+        return dense_weight(self.module.base_layer, dtype)
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         bias: torch.Tensor | None = self.module.base_layer.bias
@@ -569,11 +588,14 @@ __all__ = [
     "attach_lora",
     "body_and_head",
     "default_device",
+    "dense_weight",
     "device_memory",
     "float_precision",
+    "has_static_rope",
     "is_out_of_memory",
     "linear",
     "linear_modules",
+    "linear_size",
     "load_adapter",
     "load_base",
     "merge_adapter",

@@ -11,7 +11,7 @@ Shapes: R rows (one token of one sequence each), H width, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 from knowledge_engine import modeling
 from knowledge_engine.inference import kernels
 from knowledge_engine.inference.adapters import Adapters
-from knowledge_engine.inference.blocks import BlockPool, Table
+from knowledge_engine.inference.blocks import BlockPool
 from knowledge_engine.inference.golden import MAX_TOKENS
 from knowledge_engine.inference.kernels import (
     BLOCK_TOKENS,
@@ -34,7 +34,8 @@ from knowledge_engine.inference.kernels import (
     PART_FIELDS,
     Array,
 )
-from knowledge_engine.inference.wire import Adapter, EngineRequest
+from knowledge_engine.inference.paged import Paged, Place
+from knowledge_engine.inference.wire import Adapter
 from knowledge_engine.modeling import AdapterWeights, PreTrainedModel
 
 PIECE_TOKENS = 256
@@ -63,16 +64,7 @@ class _Part:
         return int(self.table.nbytes + sum(array.nbytes for array in self.arrays))
 
 
-class Int8Place:
-    """A sequence's blocks, and its adapter's part."""
-
-    def __init__(self, table: Table, digest: str | None, part: _Part) -> None:
-        self.table = table
-        self.digest = digest
-        self.part = part
-
-
-_Piece = tuple[Int8Place, int, list[int], int]
+_Piece = tuple[Place[_Part], int, list[int], int]
 """`scheduler.Piece`."""
 
 
@@ -165,7 +157,7 @@ def _has_exact_products() -> bool:
     return True
 
 
-class Int8Model:
+class Int8Model(Paged[_Part]):
     """`scheduler.Model` of a base that `modeling.load_base` loaded in `int8`; it takes what it needs of it."""
 
     piece_tokens = PIECE_TOKENS
@@ -230,9 +222,7 @@ class Int8Model:
         if cache_bytes is None:
             cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
         num_blocks = max(1, cache_bytes // block_bytes)
-        self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
         num_all = num_blocks + -(-MAX_TOKENS // BLOCK_TOKENS)
-        self._spare = list(range(num_blocks, num_all))
         heads = num_layers, num_all, num_keys
         self._cache = kernels.Cache(
             np.zeros((*heads, padded // 2, BLOCK_TOKENS, 2), np.int16),
@@ -260,44 +250,18 @@ class Int8Model:
         )
 
         self.vocabulary_size = len(self._embedding)
-        self.max_tokens = self.pool.num_tokens
-        self.adapters = Adapters(self._load, lambda parts: None, adapter_budget_bytes)
-        self._no_part = _Part(np.zeros((4 * num_layers, PART_FIELDS), np.int64), [])
+        super().__init__(
+            BlockPool(num_blocks, BLOCK_TOKENS),
+            list(range(num_blocks, num_all)),
+            Adapters(self._load, lambda parts: None, adapter_budget_bytes),
+            _Part(np.zeros((4 * num_layers, PART_FIELDS), np.int64), []),
+        )
 
     def warm_up(self) -> None:
         """Compiles the kernels, or finds them compiled: seconds, which no request should wait."""
-        place = self.spare("", self._no_part)
+        place = self.spare("", self._nothing)
         for num_rows in (1, FEW_ROWS + 1):
             self._pass([(place, 0, [0] * num_rows, num_rows)])
-
-    def open(self, request: EngineRequest) -> Generator[None, None, Int8Place | None]:
-        """Raises IntegrityError: the adapter's files are not what they should be."""
-        digest = request.adapter.digest if request.adapter is not None else None
-        owner = f"{digest or ''} {request.caller}"
-        table = self.pool.open(owner, request.prompt_token_ids, request.sampling.max_tokens)
-        if table is None:
-            return None
-        if request.adapter is None:
-            return Int8Place(table, None, self._no_part)
-        try:
-            return Int8Place(table, digest, (yield from self.adapters.acquire(request.adapter)))
-        except BaseException:
-            self.pool.close(table)
-            raise
-
-    def close(self, place: Int8Place) -> None:
-        self.pool.close(place.table)
-        if place.digest is not None:
-            self.adapters.release(place.digest)
-
-    def spare(self, digest: str, content: _Part) -> Int8Place:
-        return Int8Place(Table(self._spare, []), digest, content)
-
-    def find_read(self, place: Int8Place, num_tokens: int) -> int:
-        return self.pool.find_read(place.table, num_tokens)
-
-    def names_from(self, place: Int8Place, num_tokens: int) -> list[bytes]:
-        return self.pool.names_from(place.table, num_tokens)
 
     def forward(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """One pass for all."""
@@ -322,7 +286,7 @@ class Int8Model:
             tables[index, : len(place.table.blocks)] = place.table.blocks
         sequences = np.repeat(np.arange(len(pieces)), lengths)
         positions = np.concatenate([np.arange(start, start + len(ids)) for _, start, ids, _ in pieces])
-        parts = np.stack([place.part.table for place, *_ in pieces])
+        parts = np.stack([place.content.table for place, *_ in pieces])
         blocks = tables[sequences, positions // BLOCK_TOKENS]
         rows = kernels.Rows(positions, sequences, tables, blocks, parts, *_tasks(pieces, lengths))
         room = kernels.Room(*(array[:num_rows] for array in self._room))
@@ -353,7 +317,7 @@ class Int8Model:
 
     def _load(self, adapter: Adapter) -> tuple[_Part, int]:
         weights = modeling.read_adapter(adapter.folder, self._modules)
-        part = _Part(np.zeros_like(self._no_part.table), [])
+        part = _Part(np.zeros_like(self._nothing.table), [])
         for n in range(len(self._layers.windows)):
             for index, linear in enumerate(self._linears):
                 arrays = linear.part(n, weights)
@@ -371,7 +335,7 @@ def _tasks(pieces: Sequence[_Piece], lengths: Sequence[int]) -> tuple[Array, Arr
     starts = list(itertools.accumulate(lengths, initial=0))
     of_part: dict[int, list[int]] = {}
     for index, (place, *_) in enumerate(pieces):
-        of_part.setdefault(id(place.part), []).extend(range(starts[index], starts[index + 1]))
+        of_part.setdefault(id(place.content), []).extend(range(starts[index], starts[index + 1]))
     most = max(1, min(4, starts[-1] // kernels.num_threads()))
     tasks = [0]
     for rows in of_part.values():

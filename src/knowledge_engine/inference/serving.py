@@ -1,4 +1,7 @@
-"""The model that serves a base on this machine: `int8.py` where it can, else `plain.py`. Brings torch."""
+"""The model that serves a base on this machine: `int8.py` where it can, else `batched.py` or `plain.py`.
+
+Brings torch.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from knowledge_engine import modeling
 from knowledge_engine.bases import Base
+from knowledge_engine.inference.batched import BatchedModel, can_batch
 from knowledge_engine.inference.plain import PlainModel
 from knowledge_engine.inference.scheduler import Model
 from knowledge_engine.settings import Settings
@@ -18,6 +22,8 @@ def serving_model(
 ) -> Model:
     """Ready to answer. `loaded` is the base in this precision, and what is made of it; `tell` is told of what takes
     long."""
+    if precision != modeling.INT8 and can_batch(base):
+        return BatchedModel(loaded, base.context_length, settings.kv_cache_bytes, settings.adapter_cache_bytes)
     if precision != modeling.INT8:
         return PlainModel(loaded, settings.adapter_cache_bytes)
     # numba reads these once, when it is imported.

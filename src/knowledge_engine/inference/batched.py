@@ -1,0 +1,402 @@
+"""Known architectures on any device, through transformers' own forward: all sequences, each with its adapter, in one
+pass.
+
+Attention and adapters are ours, put into transformers' layers where it lets others in. Keys and values lie in blocks
+that are lent, shared and bounded; adapters lie side by side, and every row takes its own.
+
+Floating-point sums depend on the shape of a product. So answers are read in passes of one size, filled up with rows of
+no sequence, and prompts one by one in pieces that end at multiples of a block: what a row goes through is decided by
+its sequence alone, and an answer is the same alone and among many.
+
+Shapes: R rows (one token of one sequence each), N query heads and K key-value heads of width D.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+
+from knowledge_engine import devices, modeling
+from knowledge_engine.bases import Base
+from knowledge_engine.inference.adapters import Adapters
+from knowledge_engine.inference.blocks import BlockPool
+from knowledge_engine.inference.golden import MAX_TOKENS
+from knowledge_engine.inference.paged import Paged, Place
+from knowledge_engine.inference.wire import Adapter
+from knowledge_engine.modeling import AdapterWeights
+
+BLOCK_TOKENS = 256
+"""Of a prompt, read in one pass; shared and lent as a whole, so that all who begin alike read the same pieces."""
+ROWS = {devices.CPU: 16, devices.CUDA: 64}
+"""Of a pass over answers, whoever is answering. More than one cost a CPU little, and a GPU nothing."""
+NUM_DRAFTS = 6
+"""Guessed tokens that one pass looks at, of all sequences together: as many as find room in it."""
+DEFAULT_CACHE_BYTES = 2**30
+
+_ARCHITECTURES = frozenset(
+    {"apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2",
+     "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "llama", "mistral", "olmo", "olmo2", "olmo3", "opt", "phi",
+     "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"}
+)  # fmt: skip
+"""A test shows of each that it answers here as in transformers, and the same alone and among others. Left out are those
+whose attention is not to be had (Falcon, Bloom) or caps its scores (Gemma 2), and those that send rows to experts
+(Mixtral): the shape of their products depends on where others are sent."""
+_ATTENTION = "knowledge_engine"
+_SLOTS = 4
+"""Adapters that room is made for at once."""
+
+
+def can_batch(base: Base) -> bool:
+    """Whether its architecture is one of those known here."""
+    return base.architecture in _ARCHITECTURES and modeling.has_static_rope(base)
+
+
+_Piece = tuple[Place["_Slot | None"], int, list[int], int]
+"""`scheduler.Piece`."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows with equally many blocks before them: `rows` (B, Q) of the pass, `blocks` (B, n), and the position of each
+    row, (B, Q)."""
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a pass is of: where its keys and values go (R,), who reads what, and, by rank, the slot of each batch of
+    rows in the stacks of adapters, (S,)."""
+
+    targets: torch.Tensor
+    groups: list[_Group]
+    slots: dict[int, torch.Tensor]
+
+
+class _Cache:
+    """Keys and values of a layer, (blocks, BLOCK_TOKENS, K, D) each; of the last block nobody reads."""
+
+    def __init__(self, num_blocks: int, num_heads: int, widths: tuple[int, int], like: torch.Tensor) -> None:
+        self.keys, self.values = (_zeros((num_blocks, BLOCK_TOKENS, num_heads, width), like) for width in widths)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: _Rows,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """query (1, N, R, D), key and value (1, K, R, D) -> what every row finds before itself, (1, R, N, D)."""
+        num_heads, num_keys = query.shape[1], key.shape[1]
+        self.keys.flatten(0, 1)[rows.targets] = key[0].transpose(0, 1)
+        self.values.flatten(0, 1)[rows.targets] = value[0].transpose(0, 1)
+        by_row = query[0].transpose(0, 1)
+        result = by_row.new_zeros(*by_row.shape[:2], value.shape[-1])
+        for group in rows.groups:
+            size, length = group.rows.shape
+            keys, values = (cache[group.blocks].flatten(1, 2).transpose(1, 2) for cache in (self.keys, self.values))
+            times = torch.arange(keys.shape[2], device=keys.device)
+            mask = times <= group.positions[..., None]
+            if window:
+                mask &= times > group.positions[..., None] - window
+            # The heads that read one head's keys are asked as if they were more rows.
+            asked = by_row[group.rows].view(size, length, num_keys, -1, by_row.shape[-1])
+            asked = asked.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            mask = mask[:, None].repeat(1, 1, num_heads // num_keys, 1)
+            found = functional.scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=scaling)
+            found = found.view(size, num_keys, -1, length, found.shape[-1]).permute(0, 3, 1, 2, 4)
+            result[group.rows] = found.flatten(2, 3)
+        return result[None]
+
+
+class _Stack:
+    """The adapters of one rank for one module: a (slots, inputs, r), b (slots, r, O) with the scaling, and of DoRA
+    factors (slots, O), less one."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, rank: int, like: torch.Tensor) -> None:
+        self.a = like.new_zeros(0, num_inputs, rank)
+        self.b = like.new_zeros(0, rank, num_outputs)
+        self.factors: torch.Tensor | None = None
+
+    def grow(self, num_slots: int) -> None:
+        self.a, self.b = _longer(self.a, num_slots), _longer(self.b, num_slots)
+        if self.factors is not None:
+            self.factors = _longer(self.factors, num_slots)
+
+    def put(self, slot: int, weights: AdapterWeights | None, factors: torch.Tensor | None) -> int:
+        """Without weights this adapter leaves the module alone. Gives the bytes of what it has."""
+        if weights is None:
+            self.a[slot], self.b[slot] = 0, 0
+        else:
+            self.a[slot] = weights.a.t()
+            self.b[slot] = weights.b.t() * weights.scaling
+        if factors is not None and self.factors is None:
+            self.factors = self.b.new_zeros(len(self.b), self.b.shape[2])
+        if self.factors is not None:
+            self.factors[slot] = 0 if factors is None else factors - 1
+        own = [] if weights is None else [self.a[slot], self.b[slot]]
+        own += [] if factors is None or self.factors is None else [self.factors[slot]]
+        return sum(tensor.nbytes for tensor in own)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
+        """x (1, R, inputs), y (1, R, O), slots (S,) of R / S rows each -> y with what they add."""
+        by_slot = x.view(len(slots), -1, x.shape[-1])
+        y = y + (by_slot @ self.a[slots] @ self.b[slots]).view_as(y)
+        if self.factors is not None:
+            own = self.factors[slots].repeat_interleave(by_slot.shape[1], 0)[None]
+            y = y + own * (y if bias is None else y - bias)
+        return y
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where an adapter lies: in the stacks of its rank."""
+
+    rank: int
+    number: int
+
+
+class _Stacks:
+    """The adapters of one rank; number 0 is none."""
+
+    def __init__(self) -> None:
+        self.by_module: dict[str, _Stack] = {}
+        self.num_slots = 0
+        self.free: list[int] = []
+
+    def take(self) -> int:
+        if not self.free:
+            first = self.num_slots
+            self.num_slots += _SLOTS
+            self.free = list(range(self.num_slots - 1, max(first, 1) - 1, -1))
+            for stack in self.by_module.values():
+                stack.grow(self.num_slots)
+        return self.free.pop()
+
+
+class BatchedModel(Paged["_Slot | None"]):
+    """`scheduler.Model` of a transformers model."""
+
+    piece_tokens = BLOCK_TOKENS
+    step_tokens = BLOCK_TOKENS
+    num_drafts = NUM_DRAFTS
+    block_tokens = BLOCK_TOKENS
+
+    def __init__(
+        self, model: PreTrainedModel, context_length: int, cache_bytes: int | None, adapter_budget_bytes: int
+    ) -> None:
+        """Without `cache_bytes` there is room for one whole context at least. `model` is changed in place."""
+        AttentionInterface.register(_ATTENTION, _attend)
+        model.set_attn_implementation(_ATTENTION)
+        self._model = model
+        self._device = model.device
+        self._num_rows = ROWS[model.device.type]
+        modules: dict[str, Any] = dict(model.named_modules())
+        self._linears = {name: modules[name] for name in modeling.linear_modules(model)}
+        self._sizes = {name: modeling.linear_size(module) for name, module in self._linears.items()}
+        for name, module in self._linears.items():
+            module.register_forward_hook(functools.partial(self._add_adapters, name))
+        self._stacks: dict[int, _Stacks] = defaultdict(_Stacks)
+        self._slots: dict[int, torch.Tensor] = {}
+        """Of the pass that is under way: `_Rows.slots`."""
+
+        probe = _Probe()
+        self._layers: Sequence[_Cache] = probe
+        like = self._run([0], [0], _Rows(torch.zeros(1), [], {}), [0])
+        block_bytes = BLOCK_TOKENS * like.itemsize * sum(heads * sum(widths) for heads, widths in probe.shapes)
+        if cache_bytes is None:
+            cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
+        num_blocks = max(1, cache_bytes // block_bytes)
+        num_spare = -(-MAX_TOKENS // BLOCK_TOKENS)
+        # And one more, that rows of no sequence write to.
+        self._layers = [_Cache(num_blocks + num_spare + 1, *shape, like) for shape in probe.shapes]
+        self._nowhere = (num_blocks + num_spare) * BLOCK_TOKENS
+        self.room_bytes = (num_blocks + num_spare + 1) * block_bytes
+        self.vocabulary_size = int(model.config.get_text_config().vocab_size)
+        pool = BlockPool(num_blocks, BLOCK_TOKENS)
+        spare = list(range(num_blocks, num_blocks + num_spare))
+        super().__init__(pool, spare, Adapters(self._load, self._remove, adapter_budget_bytes), None)
+
+    def forward(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
+        """Answers first, all together, then the pieces of prompts. What was closed meanwhile is left out."""
+        answers = [index for index, (_, start, ids, wanted) in enumerate(pieces) if start and wanted == len(ids)]
+        yield from zip(answers, self._read_answers([pieces[index] for index in answers]), strict=True)
+        for index in sorted(set(range(len(pieces))) - set(answers)):
+            place, start, token_ids, num_logits = pieces[index]
+            if not place.table.blocks:
+                continue
+            try:
+                logits = self._read_prompt(place, start, token_ids, num_logits)
+            except Exception as error:
+                yield index, error
+            else:
+                self.pool.name_read(place.table, start + len(token_ids))
+                yield index, logits
+
+    def _read_answers(self, pieces: Sequence[_Piece]) -> list[torch.Tensor | Exception]:
+        rows = [(place, start + k, token) for place, start, token_ids, _ in pieces for k, token in enumerate(token_ids)]
+        try:
+            parts = [self._read_rows(rows[k : k + self._num_rows]) for k in range(0, len(rows), self._num_rows)]
+        except Exception as error:
+            return [error] * len(pieces)
+        if not parts:
+            return []
+        logits, ends = torch.cat(parts), itertools.accumulate(len(token_ids) for _, _, token_ids, _ in pieces)
+        return [logits[end - len(piece[2]) : end] for end, piece in zip(ends, pieces, strict=True)]
+
+    def _read_rows(self, rows: Sequence[tuple[Place[_Slot | None], int, int]]) -> torch.Tensor:
+        """Of every row the logits (R, V)."""
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, (_, position, _) in enumerate(rows):
+            # On a CPU, what attention finds for two differs in the last bit from what it finds for one.
+            alike[position // BLOCK_TOKENS + 1, index if self._device.type == devices.CPU else 0].append(index)
+        groups = [
+            _Group(
+                self._tensor([[index] for index in indices]),
+                self._tensor([rows[index][0].table.blocks[:size] for index in indices]),
+                self._tensor([[rows[index][1]] for index in indices]),
+            )
+            for (size, _), indices in alike.items()
+        ]
+        targets = [_target(place, position) for place, position, _ in rows]
+        slots = [place.content for place, *_ in rows]
+        num_idle = self._num_rows - len(rows)
+        told = _Rows(
+            self._tensor(targets + [self._nowhere] * num_idle), groups, self._by_rank([*slots, *([None] * num_idle)])
+        )
+        positions, tokens = [position for _, position, _ in rows], [token for *_, token in rows]
+        nothing = [0] * num_idle
+        return self._run(tokens + nothing, positions + nothing, told, list(range(self._num_rows)))[: len(rows)]
+
+    def _read_prompt(
+        self, place: Place[_Slot | None], start: int, token_ids: list[int], num_logits: int
+    ) -> torch.Tensor:
+        """The last logits (num_logits, V) of a piece of a prompt."""
+        num_rows = len(token_ids)
+        positions = list(range(start, start + num_rows))
+        blocks = place.table.blocks[: -(-(start + num_rows) // BLOCK_TOKENS)]
+        group = _Group(self._tensor([list(range(num_rows))]), self._tensor([blocks]), self._tensor([positions]))
+        targets = self._tensor([_target(place, position) for position in positions])
+        rows = _Rows(targets, [group], self._by_rank([place.content]))
+        wanted = list(range(num_rows - max(1, num_logits), num_rows))
+        return self._run(token_ids, positions, rows, wanted)[len(wanted) - num_logits :]
+
+    @torch.inference_mode()
+    def _run(self, token_ids: list[int], positions: list[int], rows: _Rows, wanted: list[int]) -> torch.Tensor:
+        """The logits (wanted, V)."""
+        self._slots = rows.slots
+        result = self._model(
+            input_ids=self._tensor([token_ids]),
+            position_ids=self._tensor([positions]),
+            use_cache=False,
+            logits_to_keep=self._tensor(wanted),
+            layers=self._layers,
+            rows=rows,
+        )
+        logits: torch.Tensor = result.logits[0]
+        return logits
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.tensor(values, device=self._device)
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def _by_rank(self, slots: Sequence[_Slot | None]) -> dict[int, torch.Tensor]:
+        return {
+            rank: self._tensor([slot.number if slot is not None and slot.rank == rank else 0 for slot in slots])
+            for rank in sorted({slot.rank for slot in slots if slot is not None})
+        }
+
+    def _add_adapters(self, name: str, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        for rank, slots in self._slots.items():
+            if (stack := self._stacks[rank].by_module.get(name)) is not None:
+                output = stack.add(inputs[0], output, module.bias, slots)
+        return output
+
+    @torch.inference_mode()
+    def _load(self, adapter: Adapter) -> tuple[_Slot, int]:
+        weights = modeling.read_adapter(adapter.folder, self._sizes)
+        rank = len(next(iter(weights.values())).a)
+        stacks = self._stacks[rank]
+        number, num_bytes = stacks.take(), 0
+        for name, (num_outputs, num_inputs) in self._sizes.items():
+            own, stack = weights.get(name), stacks.by_module.get(name)
+            if own is not None and stack is None:
+                like = torch.empty(0, dtype=self._layers[0].keys.dtype, device=self._device)
+                stack = stacks.by_module[name] = _Stack(num_inputs, num_outputs, rank, like)
+                stack.grow(stacks.num_slots)
+            if stack is not None:
+                num_bytes += stack.put(number, own, None if own is None else self._factors(name, own))
+        return _Slot(rank, number), num_bytes
+
+    def _factors(self, name: str, own: AdapterWeights) -> torch.Tensor | None:
+        """What DoRA multiplies outputs by (Liu et al. 2024, arXiv 2402.09353, equation 5), (O,)."""
+        if own.magnitude is None:
+            return None
+        whole = modeling.dense_weight(self._linears[name], torch.float32).cpu() + own.scaling * (own.b @ own.a)
+        factors: torch.Tensor = own.magnitude / torch.linalg.vector_norm(whole, dim=1)
+        return factors
+
+    def _remove(self, slot: _Slot | None) -> None:
+        assert slot is not None
+        self._stacks[slot.rank].free.append(slot.number)
+
+
+class _Probe(list[Any]):
+    """Stands for the layers of a pass that only asks for their shapes: (K, widths of keys and values) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, tuple[int, int]]] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        return self
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+        self.shapes.append((key.shape[1], (key.shape[-1], value.shape[-1])))
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layers: Sequence[_Cache],
+    rows: _Rows,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' layers call."""
+    return layers[module.layer_idx].attend(query, key, value, rows, scaling, sliding_window), None
+
+
+def _target(place: Place[_Slot | None], position: int) -> int:
+    return place.table.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+
+
+def _longer(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """On a CPU, memory that is taken as it is written to."""
+    if like.device.type != devices.CPU:
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros((*shape, like.itemsize), np.uint8)).view(like.dtype)[..., 0]

@@ -16,7 +16,7 @@ from knowledge_engine.core import SamplingParams
 from knowledge_engine.errors import IntegrityError
 from knowledge_engine.inference import batched
 from knowledge_engine.inference.adapters import at_once
-from knowledge_engine.inference.batched import BLOCK_TOKENS, ROWS, BatchedModel
+from knowledge_engine.inference.batched import BLOCK_TOKENS, SIZES, BatchedModel
 from knowledge_engine.inference.paged import Place
 from knowledge_engine.inference.plain import PlainModel
 from knowledge_engine.inference.serving import serving_model
@@ -167,12 +167,33 @@ def keep_only(folder: Path, module: str) -> None:
 def test_more_answers_than_a_pass_has_rows_are_read_in_several(precision: str, tmp_path: Path) -> None:
     folder = build_tiny_base(tmp_path / "base")
     model = BatchedModel(load(folder, precision)[1], CONTEXT, None, 0)
-    num_rows = ROWS["cpu"]
+    num_rows = SIZES["cpu"][-1]
     prompts = [TOKENS[n : n + 20] for n in range(num_rows + 5)]
     alone = [answer(model, read(model, request(prompt))[0], 20, [5, 6]) for prompt in prompts]
     places = [read(model, request(prompt, caller="again"))[0] for prompt in prompts]
     together = step(model, *((place, 20, [5, 6]) for place in places))  # as guesses are read
     assert all(torch.equal(got, expected) for got, expected in zip(together, alone, strict=True))
+
+
+def test_only_sizes_that_agree_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build_tiny_base(tmp_path / "base")
+    adapter = Adapter("sha256:1", build_tiny_adapter(folder, tmp_path / "adapter", 1))
+    linear, add = modeling.linear, batched._Stack.add
+
+    def of_four(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return linear(x, *rest) * (1 + 1e-6 * (len(x) == 4))
+
+    def of_eight(self: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return add(self, x, *rest) * (1 + 1e-6 * (x.shape[1] == 8))
+
+    monkeypatch.setattr(modeling, "linear", of_four)
+    monkeypatch.setattr(batched._Stack, "add", of_eight)
+    model = BatchedModel(load(folder)[1], CONTEXT, None, 0)
+    before = set(model._exact_sizes)
+    assert not before & {4}
+    read(model, request(TOKENS[:9], adapter))
+    assert set(model._exact_sizes) == before - {8}
+    assert 16 in before
 
 
 def test_a_beginning_is_taken_over_and_changes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -97,12 +98,17 @@ def engine(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
 def small_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EngineProcess]]:
     """One for each way to compute; room for 3,584 tokens where that is bounded, and four adapters of rank 2."""
     engines: dict[str, EngineProcess] = {}
-    for family in ("llama", "gpt2"):
+    for family in ("llama", "gpt2", "dynamic"):
         root = tmp_path_factory.mktemp(family)
-        base = build_tiny_base(root / "base", family)
+        base = build_tiny_base(root / "base", "llama" if family == "dynamic" else family)
+        if family == "dynamic":  # a token's rotation depends on how many there are: no sequence shares a pass
+            path = base / "config.json"
+            rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rope}))
         build_tiny_adapter(base, root / "adapter", 0, rank=2)
         size = (root / "adapter" / "adapter_model.safetensors").stat().st_size
-        engines[family] = EngineProcess(root, base, kv_cache_bytes=2**20, adapter_cache_bytes=int(4.5 * size))
+        num_bytes = 2**20 if family == "llama" else 14 * 2**18
+        engines[family] = EngineProcess(root, base, kv_cache_bytes=num_bytes, adapter_cache_bytes=int(4.5 * size))
     yield engines
     for engine in engines.values():
         assert engine.stop() == 0, engine.log.read_text()
@@ -215,7 +221,9 @@ async def test_mixed_concurrent_answers_equal_those_one_by_one(
     assert set((await client.refresh()).adapters) >= {adapter.digest for adapter in adapters}
 
 
-@pytest.mark.parametrize(("family", "precision", "num_pieces"), [("llama", "int8", 4), ("gpt2", "float32", 2)])
+@pytest.mark.parametrize(
+    ("family", "precision", "num_pieces"), [("llama", "int8", 4), ("gpt2", "float32", 4), ("dynamic", "float32", 2)]
+)
 async def test_a_long_prompt_is_read_in_pieces_and_answered_as_transformers_answers_it(
     family: str, precision: str, num_pieces: int, small_engines: dict[str, EngineProcess]
 ) -> None:
@@ -437,8 +445,10 @@ async def test_code_points_stay_whole(engine: EngineProcess, client: EngineClien
             delta.encode("utf-8")
 
 
-async def test_200_requests_over_32_adapters_are_answered_as_one_by_one(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+async def test_200_requests_over_32_adapters_are_answered_as_one_by_one(family: str, tmp_path: Path) -> None:
     """Most of the adapters do not fit at once, so they come and go while others answer."""
+    base = build_tiny_base(tmp_path / "base", family)
     chosen: list[Adapter | None] = [
         Adapter(f"sha256:{seed}", build_tiny_adapter(base, tmp_path / str(seed), seed, rank=1 + seed % 8))
         for seed in range(32)
@@ -505,7 +515,7 @@ async def test_an_unloaded_adapter_is_gone_after_its_last_answer(
     await until(client, lambda status: adapter.digest not in status.adapters)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "dynamic"])
 async def test_idle_adapters_give_way_to_newer_ones(
     family: str, small_engines: dict[str, EngineProcess], tmp_path: Path
 ) -> None:
@@ -554,8 +564,11 @@ async def test_a_pinned_adapter_stays_until_another_takes_its_pin(
         assert many[9].digest not in await loaded(many[1])
 
 
-async def test_room_for_what_was_read_is_bounded_and_given_back(small_engines: dict[str, EngineProcess]) -> None:
-    async with connected(small_engines["llama"]) as client:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+async def test_room_for_what_was_read_is_bounded_and_given_back(
+    family: str, small_engines: dict[str, EngineProcess]
+) -> None:
+    async with connected(small_engines[family]) as client:
         requests = [ask([number + 5] * 400, max_tokens=500) for number in range(ACTIVE)]
         alone = [(await answer(client, request)).text for request in requests]
         tasks = [asyncio.create_task(answer(client, request)) for request in requests]

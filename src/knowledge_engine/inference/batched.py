@@ -4,9 +4,9 @@ pass.
 Attention and adapters are ours, put into transformers' layers where it lets others in. Keys and values lie in blocks
 that are lent, shared and bounded; adapters lie side by side, and every row takes its own.
 
-Floating-point sums depend on the shape of a product. So answers are read in passes of one size, filled up with rows of
-no sequence, and prompts one by one in pieces that end at multiples of a block: what a row goes through is decided by
-its sequence alone, and an answer is the same alone and among many.
+Floating-point sums depend on the shape of a product. So answers are read in passes of one size, or of a few that are
+found to agree, filled up with rows of no sequence; and prompts one by one, in pieces that end at multiples of a block.
+What a row goes through is decided by its sequence alone, and an answer is the same alone and among many.
 
 Shapes: R rows (one token of one sequence each), N query heads and K key-value heads of width D.
 """
@@ -36,8 +36,9 @@ from knowledge_engine.modeling import AdapterWeights
 
 BLOCK_TOKENS = 256
 """Of a prompt, read in one pass; shared and lent as a whole, so that all who begin alike read the same pieces."""
-ROWS = {devices.CPU: 16, devices.CUDA: 64}
-"""Of a pass over answers, whoever is answering. More than one cost a CPU little, and a GPU nothing."""
+SIZES = {devices.CPU: (2, 4, 8, 16), devices.CUDA: (64,)}
+"""Rows of a pass over answers: the largest, and smaller ones where a row comes out of them as it comes out of the
+largest, bit by bit. A GPU reads its weights in the same time for all."""
 NUM_DRAFTS = 6
 """Guessed tokens that one pass looks at, of all sequences together: as many as find room in it."""
 DEFAULT_CACHE_BYTES = 2**30
@@ -203,10 +204,13 @@ class BatchedModel(Paged["_Slot | None"]):
         model.set_attn_implementation(_ATTENTION)
         self._model = model
         self._device = model.device
-        self._num_rows = ROWS[model.device.type]
         modules: dict[str, Any] = dict(model.named_modules())
         self._linears = {name: modules[name] for name in modeling.linear_modules(model)}
         self._sizes = {name: modeling.linear_size(module) for name, module in self._linears.items()}
+        is_plain = self._device.type == devices.CPU and model.dtype is torch.float32
+        for module in modules.values():
+            if is_plain and type(module) is torch.nn.Linear:
+                module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
         for name, module in self._linears.items():
             module.register_forward_hook(functools.partial(self._add_adapters, name))
         self._stacks: dict[int, _Stacks] = defaultdict(_Stacks)
@@ -229,6 +233,10 @@ class BatchedModel(Paged["_Slot | None"]):
         pool = BlockPool(num_blocks, BLOCK_TOKENS)
         spare = list(range(num_blocks, num_blocks + num_spare))
         super().__init__(pool, spare, Adapters(self._load, self._remove, adapter_budget_bytes), None)
+        self._most_rows = SIZES[self._device.type][-1]
+        self._exact_sizes = self._find_exact_sizes()
+        self._exact_shapes: set[tuple[int, int, int]] = set()
+        """Of adapters that those sizes were found to hold for."""
 
     def forward(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """Answers first, all together, then the pieces of prompts. What was closed meanwhile is left out."""
@@ -249,7 +257,7 @@ class BatchedModel(Paged["_Slot | None"]):
     def _read_answers(self, pieces: Sequence[_Piece]) -> list[torch.Tensor | Exception]:
         rows = [(place, start + k, token) for place, start, token_ids, _ in pieces for k, token in enumerate(token_ids)]
         try:
-            parts = [self._read_rows(rows[k : k + self._num_rows]) for k in range(0, len(rows), self._num_rows)]
+            parts = [self._read_rows(rows[k : k + self._most_rows]) for k in range(0, len(rows), self._most_rows)]
         except Exception as error:
             return [error] * len(pieces)
         if not parts:
@@ -257,8 +265,9 @@ class BatchedModel(Paged["_Slot | None"]):
         logits, ends = torch.cat(parts), itertools.accumulate(len(token_ids) for _, _, token_ids, _ in pieces)
         return [logits[end - len(piece[2]) : end] for end, piece in zip(ends, pieces, strict=True)]
 
-    def _read_rows(self, rows: Sequence[tuple[Place[_Slot | None], int, int]]) -> torch.Tensor:
-        """Of every row the logits (R, V)."""
+    def _read_rows(self, rows: Sequence[tuple[Place[_Slot | None], int, int]], num_rows: int = 0) -> torch.Tensor:
+        """Of every row the logits (R, V), in a pass of `num_rows`, or of as few as are enough."""
+        num_rows = num_rows or next(size for size in self._exact_sizes if size >= len(rows))
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, (_, position, _) in enumerate(rows):
             # On a CPU, what attention finds for two differs in the last bit from what it finds for one.
@@ -273,13 +282,20 @@ class BatchedModel(Paged["_Slot | None"]):
         ]
         targets = [_target(place, position) for place, position, _ in rows]
         slots = [place.content for place, *_ in rows]
-        num_idle = self._num_rows - len(rows)
+        num_idle = num_rows - len(rows)
         told = _Rows(
             self._tensor(targets + [self._nowhere] * num_idle), groups, self._by_rank([*slots, *([None] * num_idle)])
         )
         positions, tokens = [position for _, position, _ in rows], [token for *_, token in rows]
         nothing = [0] * num_idle
-        return self._run(tokens + nothing, positions + nothing, told, list(range(self._num_rows)))[: len(rows)]
+        return self._run(tokens + nothing, positions + nothing, told, list(range(num_rows)))[: len(rows)]
+
+    def _find_exact_sizes(self) -> list[int]:
+        place = self.spare("", None)
+        rows = [(place, k, 31 * k % self.vocabulary_size) for k in range(self._most_rows)]
+        whole = self._read_rows(rows, self._most_rows)
+        *smaller, most = SIZES[self._device.type]
+        return [size for size in smaller if torch.equal(self._read_rows(rows[:size], size), whole[:size])] + [most]
 
     def _read_prompt(
         self, place: Place[_Slot | None], start: int, token_ids: list[int], num_logits: int
@@ -338,9 +354,29 @@ class BatchedModel(Paged["_Slot | None"]):
                 like = torch.empty(0, dtype=self._layers[0].keys.dtype, device=self._device)
                 stack = stacks.by_module[name] = _Stack(num_inputs, num_outputs, rank, like)
                 stack.grow(stacks.num_slots)
+                self._prove_sizes(stack, (num_inputs, num_outputs, rank))
             if stack is not None:
                 num_bytes += stack.put(number, own, None if own is None else self._factors(name, own))
         return _Slot(rank, number), num_bytes
+
+    def _prove_sizes(self, stack: _Stack, shape: tuple[int, int, int]) -> None:
+        """Gives up the sizes of passes that adapters of this shape do not come out of alike."""
+        if shape in self._exact_shapes:
+            return
+        self._exact_shapes.add(shape)
+        generator = torch.Generator(self._device).manual_seed(0)
+        num_inputs, num_outputs, rank = shape
+        trial = _Stack(num_inputs, num_outputs, rank, stack.a)
+        for tensor in (trial.a, trial.b):
+            tensor.resize_(self._most_rows, *tensor.shape[1:]).normal_(generator=generator)
+        x = stack.a.new_empty(1, self._most_rows, num_inputs).normal_(generator=generator)
+        y, slots = x.new_zeros(1, self._most_rows, num_outputs), self._tensor(list(range(self._most_rows)))
+        whole = trial.add(x, y, None, slots)
+        self._exact_sizes = [
+            size
+            for size in self._exact_sizes
+            if torch.equal(trial.add(x[:, :size], y[:, :size], None, slots[:size]), whole[:, :size])
+        ]
 
     def _factors(self, name: str, own: AdapterWeights) -> torch.Tensor | None:
         """What DoRA multiplies outputs by (Liu et al. 2024, arXiv 2402.09353, equation 5), (O,)."""
@@ -385,6 +421,11 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """What transformers' layers call."""
     return layers[module.layer_idx].attend(query, key, value, rows, scaling, sliding_window), None
+
+
+def _linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Its forward, by what is faster on a CPU."""
+    return modeling.linear(x.flatten(0, -2), module.weight, module.bias).view(*x.shape[:-1], -1)
 
 
 def _target(place: Place[_Slot | None], position: int) -> int:

@@ -445,7 +445,7 @@ def _to_events(
     @asynccontextmanager
     async def connect() -> AsyncIterator[Ask]:
         # It takes as little of the CPU as gRPC's client; httpx takes twice as much, which no server could make up for.
-        no_limits = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
+        no_limits = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=no_limits[0], connector=no_limits[1]) as client:
 
             async def stream(question: str, adapter: int) -> AsyncIterator[int]:

@@ -126,24 +126,25 @@ def test_a_version_answers_as_when_it_was_published(
 
 def test_there_is_a_tolerance_for_every_precision_that_serves(published: tuple[Base, str, Adapter]) -> None:
     base, precision, _ = published
-    precisions = modeling.serving_precisions(base)
+    precisions = modeling.serving_precisions(base, "nf4")
     assert precisions[0] == precision
-    assert set(precisions) == (set(TOLERANCES) if precision == "int8" else {"float32", "bfloat16"})
+    assert set(precisions) == (set(TOLERANCES) if precision == "int8" else {"float32", "bfloat16", "nf4"})
 
 
 @pytest.mark.parametrize("published", ["llama"], indirect=True)
+@pytest.mark.parametrize("added", ["bfloat16", "nf4"])
 def test_every_precision_has_its_own_values_for_the_same_prompts(
-    published: tuple[Base, str, Adapter], tmp_path: Path
+    published: tuple[Base, str, Adapter], added: str, tmp_path: Path
 ) -> None:
     base, precision, adapter = published
     both = copied(adapter, tmp_path)
-    other = SelfTest(model_of(base, "bfloat16"), base, ChatText.load(base), "bfloat16")
+    other = SelfTest(model_of(base, added), base, ChatText.load(base), added)
     checks: list[None] = []
     other.record(both.folder, lambda: checks.append(None))
     before, after = (Golden.model_validate_json((one.folder / GOLDEN).read_bytes()) for one in (adapter, both))
     assert after.prompts == before.prompts
-    assert list(after.answers) == [precision, "bfloat16"]
-    assert after.answers[precision] == before.answers[precision] != after.answers["bfloat16"]
+    assert list(after.answers) == [precision, added]
+    assert after.answers[precision] == before.answers[precision] != after.answers[added]
     assert len(checks) == len(after.prompts)
 
     both = republish(both)

@@ -31,6 +31,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 SECRET = "a kettle that nobody may read of"
 INFERENCE = "/api/v1/models/{id}/inference"
 STREAM = "knowledge_engine.v1.InferenceService/StreamGenerate"
+WHOLE = "knowledge_engine.v1.InferenceService/Generate"
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -159,7 +160,8 @@ def test_an_answer_moves_the_numbers_of_all_three(running: Running) -> None:
 async def test_a_busy_engine_a_refusal_and_a_cancel_are_counted(running: Running) -> None:
     before = scrape(running)
     text = 20 * "Which kettle would you take? "
-    long = ask(text, max_tokens=700, temperature=2)  # of thousands of words: neither guessed nor soon at its end
+    # Of thousands of words: neither guessed nor soon at its end. In one piece, as what has begun to come counts as 200.
+    long = ask(text, max_tokens=700, temperature=2, stream=False)
     async with httpx2.AsyncClient(base_url=running.client.base_url, headers=HEADERS, timeout=60) as client:
         answer = asyncio.create_task(client.post("/api/v1/models/base/inference", json=long))
         during = await until(running, lambda told: told["knowledge_engine_active"] == 1)
@@ -178,8 +180,8 @@ async def test_a_busy_engine_a_refusal_and_a_cancel_are_counted(running: Running
     assert after["knowledge_engine_shared_prompt_tokens_total"] > 0, "two prompts began alike"
     assert after['knowledge_engine_refusals_total{reason="ENGINE_BUSY"}'] == 1
     assert after[f'knowledge_server_errors_total{{method="{STREAM}",reason="ENGINE_BUSY"}}'] == 1
-    for code in ("RESOURCE_EXHAUSTED", "CANCELLED"):
-        assert after[f'knowledge_server_rpc_duration_seconds_count{{code="{code}",method="{STREAM}"}}'] == 1
+    for code, method in (("RESOURCE_EXHAUSTED", STREAM), ("CANCELLED", WHOLE)):
+        assert after[f'knowledge_server_rpc_duration_seconds_count{{code="{code}",method="{method}"}}'] == 1
     assert after[requests("429")] == after[gone] == 1
 
 

@@ -44,6 +44,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("KNOWLEDGE_OPENAI_BASE_URL", "ftp://models", "http(s) URL"),
         ("KNOWLEDGE_OPENAI_BASE_URL", "https://user:pass@models", "http(s) URL"),
         ("KNOWLEDGE_HUGGINGFACE_ENDPOINT", "hub", "http(s) URL"),
+        ("KNOWLEDGE_SERVING_PRECISION", "int4", "KNOWLEDGE_SERVING_PRECISION"),
     ],
 )
 def test_a_bad_setting_stops_the_start(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
@@ -111,6 +112,7 @@ def test_a_child_process_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch,
         api_keys="shop:a-long-key",
         wandb_api_key="canary",
         lease_seconds=0.5,
+        serving_precision="nf4",
     )
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)

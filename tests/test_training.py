@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import random
 import tempfile
@@ -683,6 +684,35 @@ def test_a_precision_whose_answers_are_not_finite_is_left_out_with_a_warning(
     _, context = workshop.run(max_steps=1)
     assert list(golden_values(workshop.registry.folder("shop", 1))) == ["int8"]
     assert "bfloat16 (its answers are not finite), float32 (its" in context.warnings[0][1]
+
+
+def test_a_precision_that_is_asked_for_serves_is_compared_in_and_has_golden_values(
+    workshop: Workshop, bases: dict[str, Base], caplog: pytest.LogCaptureFixture
+) -> None:
+    workshop.settings = workshop.settings.model_copy(update={"serving_precision": "nf4"})
+    result, _ = workshop.run()
+    assert result.comparison is not None
+    assert result.comparison.precision == "nf4"
+    folder = workshop.registry.folder("shop", 1)
+    assert list(golden_values(folder)) == ["nf4", "int8", "bfloat16", "float32"]
+    base = bases["llama"]
+    loaded = modeling.load_base(base, "nf4", "cpu")
+    engine = serving_model(loaded, base, "nf4", workshop.settings, lambda detail: None)
+    engine.adapters.prove = SelfTest(engine, base, ChatText.load(base), "nf4").demand
+    caplog.set_level(logging.INFO)
+    at_once(engine.adapters.acquire(Adapter(result.digest, folder)))
+    assert "golden prompts as published" in caplog.text
+
+
+def test_a_precision_that_cannot_serve_here_is_refused_before_anything_is_trained(
+    tmp_path: Path, bases: dict[str, Base]
+) -> None:
+    workshop = Workshop(tmp_path / "data", bases["gpt2"].folder)
+    workshop.settings = workshop.settings.model_copy(update={"serving_precision": "int8"})
+    with pytest.raises(InvalidSpecError, match="KNOWLEDGE_SERVING_PRECISION: int8 is for bases of Llama's shape"):
+        workshop.run()
+    assert not workshop.context.steps
+    workshop.state.close()
 
 
 def test_a_job_is_stopped_while_golden_values_are_recorded(workshop: Workshop) -> None:

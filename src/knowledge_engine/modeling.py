@@ -45,8 +45,8 @@ from knowledge_engine.files import read_json
 
 FLOAT32, BFLOAT16, NF4, INT8 = "float32", "bfloat16", "nf4", "int8"
 INT8_LEVELS = 127
-SERVED_BYTES = {INT8: 4 + 1, FLOAT32: 4, BFLOAT16: 2}
-"""Of a weight on a CPU while a base is made ready to serve: what becomes eight bits is there in float32 as well."""
+SERVED_BYTES = {INT8: 4 + 1, FLOAT32: 4, BFLOAT16: 2, NF4: 4 + 1}
+"""Of a weight on a CPU while a base is made ready to serve: what becomes fewer bits is there in float32 as well."""
 
 _INT8_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2"})
 _INT8_CLIPPING = (1.0, 0.94, 0.88)
@@ -98,14 +98,30 @@ def float_precision(device: str) -> str:
     return BFLOAT16 if _has_bfloat16(device) else FLOAT32
 
 
-def serving_precision(base: Base, device: str) -> str:
-    """The precision answers and held-out losses are computed in: on a CPU `int8` for bases of Llama's shape."""
-    return INT8 if device == devices.CPU and _is_llama_shaped(base) else float_precision(device)
+def serving_precision(base: Base, device: str, asked: str | None = None) -> str:
+    """The precision answers and held-out losses are computed in: the one that is asked for (`settings`), or on a CPU
+    `int8` for bases of Llama's shape, else that of an unquantised base.
+
+    Raises:
+        InvalidSpecError: SETTINGS_INVALID, what is asked for cannot be had here.
+    """
+    has_int8 = device == devices.CPU and _is_llama_shaped(base)
+    if asked is None:
+        return INT8 if has_int8 else float_precision(device)
+    if asked == INT8 and not has_int8:
+        problem = "int8 is for bases of Llama's shape on a CPU"
+    elif asked == BFLOAT16 and device != devices.CPU and not _has_bfloat16(device):
+        problem = "this GPU has no bfloat16"
+    else:
+        return asked
+    raise InvalidSpecError(f"KNOWLEDGE_SERVING_PRECISION: {problem}", reason=Reason.SETTINGS_INVALID)
 
 
-def serving_precisions(base: Base) -> tuple[str, ...]:
-    """All that some machine serves this base in: the precision of a CPU, of a GPU, and of one older than Ampere."""
-    return tuple(dict.fromkeys((serving_precision(base, devices.CPU), BFLOAT16, FLOAT32)))
+def serving_precisions(base: Base, asked: str | None = None) -> tuple[str, ...]:
+    """All that some machine serves this base in: the precision of a CPU, of a GPU, and of one older than Ampere; and
+    the one that is asked for."""
+    asked_too = () if asked is None else (asked,)
+    return tuple(dict.fromkeys((serving_precision(base, devices.CPU), BFLOAT16, FLOAT32, *asked_too)))
 
 
 def training_precision(device: str, *, use_qlora: bool) -> str:

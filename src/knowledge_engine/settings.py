@@ -11,7 +11,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -71,13 +71,17 @@ class Settings(BaseSettings):
     """Between two checkpoints of a training that names no `save_steps`."""
     memory_limit_bytes: int | None = Field(default=None, ge=2**20)
     """Memory of the device that trainings may count on; unset, all that the machine or its container has."""
+    serving_precision: Literal["bfloat16", "float32", "int8", "nf4"] | None = None
+    """How bases are kept while they answer. Unset, `int8` on a CPU for bases of Llama's shape, else bfloat16 on a GPU
+    that has it, else float32. What is trained while it is set can be served in it, too."""
     max_active_streams: int = Field(default=16, ge=1, le=1024)
     max_waiting_streams: int = Field(default=64, ge=0, le=4096)
     max_streams_per_caller: int | None = Field(default=None, ge=1)
     """The most answers, under way or waiting, of one API key; unset, as many as there is room for."""
     kv_cache_bytes: int | None = Field(default=None, ge=2**20)
-    """Memory for keys and values of answers under way and of beginnings worth keeping; taken as it fills. Unset, 1 GiB,
-    or one whole context where that is more. Bases that answer through transformers' own forward take what they need."""
+    """Memory for keys and values of answers under way and of beginnings worth keeping; taken as it fills on a CPU, at
+    once on a GPU. Unset, 1 GiB, or one whole context where that is more. Bases of architectures that `batched.py` does
+    not know take what they need."""
     adapter_cache_bytes: int = Field(default=2**30, ge=0)
     """Memory for loaded adapters; those that answer, and those that are pinned, stay beyond it."""
     pinned_models: Annotated[tuple[str, ...], NoDecode] = ()

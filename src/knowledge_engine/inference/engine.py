@@ -332,7 +332,7 @@ class Engine:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_num_cores())
         device = modeling.default_device()
-        precision = modeling.serving_precision(base, device)
+        precision = modeling.serving_precision(base, device, self._settings.serving_precision)
         loaded = modeling.load_base(base, precision, device)
 
         def tell(detail: str) -> None:

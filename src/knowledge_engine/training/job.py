@@ -199,6 +199,7 @@ def _load_base_facts(context: JobContext, settings: Settings, spec: TrainingSpec
         raise
     if preparation.asked_the_hub:
         context.observe(Service.HUB, None)
+    modeling.serving_precision(base, device, settings.serving_precision)  # before a training that could not be served
     revision = f" at {base.revision[:12]}" if base.revision else ""
     context.log(
         f"base model {base.name}: {base.source}{revision} ({base.architecture}, {base.digest[:19]}), "
@@ -310,7 +311,7 @@ def _try_out(
     golden values, written beside it."""
     context.report(Progress(phase="evaluating" if material.held_out else "publishing"))
     failpoint("training.evaluation")
-    precision = modeling.serving_precision(base, device)
+    precision = modeling.serving_precision(base, device, settings.serving_precision)
     served = modeling.load_base(base, precision, device)
     comparison = None
     if material.held_out:
@@ -323,8 +324,9 @@ def _try_out(
 def _record_elsewhere(context: JobContext, settings: Settings, base: Base, folder: Path, device: str) -> None:
     """Golden values in the precisions that serve on other machines, one after the other. One that cannot be had is left
     out, with a warning: machines that serve in it will refuse the version."""
-    own = modeling.serving_precision(base, device)
-    precisions = [precision for precision in modeling.serving_precisions(base) if precision != own]
+    asked = settings.serving_precision
+    own = modeling.serving_precision(base, device, asked)
+    precisions = [precision for precision in modeling.serving_precisions(base, asked) if precision != own]
     problems: list[str] = []
     for done, precision in enumerate(precisions):
         context.report(Progress(phase="publishing", step=done, total_steps=len(precisions)))

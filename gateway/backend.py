@@ -157,7 +157,12 @@ class Calls:
                 call.cancel()
 
 
-Call = Annotated[Calls, Depends(Calls)]
+async def _calls(request: Request) -> Calls:
+    """Not the class itself: what is not asynchronous FastAPI calls in a thread, which costs more than all it does."""
+    return Calls(request)
+
+
+Call = Annotated[Calls, Depends(_calls)]
 """A route's parameter: the calls of its request."""
 
 

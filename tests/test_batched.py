@@ -196,6 +196,86 @@ def test_only_sizes_that_agree_are_used(tmp_path: Path, monkeypatch: pytest.Monk
     assert 16 in before
 
 
+def test_recorded_passes_answer_as_those_that_are_run(tmp_path: Path) -> None:
+    """With a recorder that runs what was recorded again, on its own memory: what it takes on a GPU but the graph."""
+    folder = build_tiny_base(tmp_path / "base")
+    adapters = [
+        Adapter(f"sha256:{n}", build_tiny_adapter(folder, tmp_path / str(n), n, rank=rank))
+        for n, rank in enumerate((8, 8, 8, 8, 8, 3))
+    ]
+    change_adapter(adapters[4].folder, "dora")
+    _, loaded = load(folder)
+    plain, played = BatchedModel(loaded, CONTEXT, None, 2**30), BatchedModel(load(folder)[1], CONTEXT, None, 2**30)
+    played._has_fixed_shapes = True
+    recorded: list[Any] = []
+
+    def record(run: Any) -> Any:
+        recorded.append(run)
+        return run
+
+    played._try_replays(record)
+    assert played._replays is not None
+    assert len(recorded) == 1
+    lengths = (10, 250, 300, 600, 20, 30, 40)
+    for round_ in range(2):
+        places = [
+            [
+                read(model, request(TOKENS[:length], adapter, f"{round_}"))[0]
+                for length, adapter in zip(lengths, (None, *adapters), strict=True)
+            ]
+            for model in (plain, played)
+        ]
+        for k in range(12):
+            chosen = random.Random(k).sample(range(7), 1 + k % 7)
+            results = [
+                step(model, *((own[index], lengths[index] + k, [TOKENS[k]]) for index in chosen))
+                for model, own in zip((plain, played), places, strict=True)
+            ]
+            for one, other in zip(*results, strict=True):
+                assert (one - other).abs().max() < 1e-4 * one.std()
+        if not round_:
+            num_shapes = len(recorded)
+    assert len(recorded) == num_shapes < 20
+
+
+@pytest.mark.parametrize("problem", ["other numbers", "cannot"])
+def test_what_cannot_be_recorded_rightly_is_run(problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = BatchedModel(load(build_tiny_base(tmp_path / "base"))[1], CONTEXT, None, 0)
+    model._has_fixed_shapes = True
+
+    def record(run: Any) -> Any:
+        if problem == "cannot":
+            raise RuntimeError("capture failed")
+        return lambda: run() + 1e-6
+
+    model._try_replays(record)
+    assert model._replays is None
+    assert "step by step" in caplog.text
+    place, _ = read(model, request(TOKENS[:20]))
+    assert step(model, (place, 20, [5]))[0].isfinite().all()
+
+
+def test_numbers_that_are_not_finite_are_seen_and_stay_where_they_are(tmp_path: Path) -> None:
+    _, loaded = load(build_tiny_base(tmp_path / "base"))
+    model = BatchedModel(loaded, CONTEXT, BLOCK_BYTES, 0)
+    place, (expected,) = read(model, request(TOKENS[:20]))
+    model.close(place)
+    embedding: Any = loaded.get_input_embeddings()  # type: ignore[no-untyped-call]
+    before = embedding.weight[7].clone()
+    with torch.no_grad():
+        embedding.weight[7] = torch.inf
+    place, (sick,) = read(model, request([7] * 200))
+    assert not sick.isfinite().any()
+    assert not step(model, (place, 200, [7]))[0].isfinite().any()
+    model.close(place)
+    with torch.no_grad():
+        embedding.weight[7] = before
+    place, (after,) = read(model, request(TOKENS[:20]))  # in the only block
+    assert torch.equal(after, expected)
+    assert torch.equal(answer(model, place, 20, [7]), answer(model, place, 20, [7]))
+    assert answer(model, place, 20, [7]).isfinite().all()
+
+
 def test_a_beginning_is_taken_over_and_changes_nothing(tmp_path: Path) -> None:
     model = BatchedModel(load(build_tiny_base(tmp_path / "base"))[1], CONTEXT, None, 0)
     first, (*_, last) = read(model, request(TOKENS))

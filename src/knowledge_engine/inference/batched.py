@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ _ARCHITECTURES = frozenset(
 whose attention is not to be had (Falcon, Bloom) or caps its scores (Gemma 2), and those that send rows to experts
 (Mixtral): the shape of their products depends on where others are sent."""
 _ATTENTION = "knowledge_engine"
+_log = logging.getLogger(__name__)
 _SLOTS = 4
 """Adapters that room is made for at once."""
 
@@ -63,6 +65,9 @@ def can_batch(base: Base) -> bool:
 
 _Piece = tuple[Place["_Slot | None"], int, list[int], int]
 """`scheduler.Piece`."""
+_Row = tuple[Place["_Slot | None"], int, int]
+"""Of an answer: whose, the position, and the token."""
+_Replay = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,71 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What a pass is of: where its keys and values go (R,), who reads what, and, by rank, the slot of each batch of
-    rows in the stacks of adapters, (S,)."""
+class _Pass:
+    """What the model is asked at once: tokens and positions (1, R), the rows whose logits are wanted (W,), where keys
+    and values go (R,), who reads what, and, by rank, the slot of each batch of rows in the stacks of adapters, (S,)."""
 
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    wanted: torch.Tensor
     targets: torch.Tensor
     groups: list[_Group]
     slots: dict[int, torch.Tensor]
+
+    def tensors(self) -> list[torch.Tensor]:
+        of_groups = [tensor for group in self.groups for tensor in (group.rows, group.blocks, group.positions)]
+        return [self.tokens, self.positions, self.wanted, self.targets, *of_groups, *self.slots.values()]
+
+    def copy(self) -> _Pass:
+        groups = [_Group(group.rows.clone(), group.blocks.clone(), group.positions.clone()) for group in self.groups]
+        slots = {rank: tensor.clone() for rank, tensor in self.slots.items()}
+        return _Pass(
+            self.tokens.clone(), self.positions.clone(), self.wanted.clone(), self.targets.clone(), groups, slots
+        )
+
+
+class _Replays:
+    """Passes that were recorded once for each shape, and are played with other numbers in the same memory."""
+
+    def __init__(
+        self, run: Callable[[_Pass], torch.Tensor], record: Callable[[Callable[[], torch.Tensor]], _Replay]
+    ) -> None:
+        self._run = run
+        self._record = record
+        self._kept: dict[tuple[Any, ...], tuple[_Pass, _Replay]] = {}
+
+    def __call__(self, asked: _Pass) -> torch.Tensor:
+        """What `run` gives; it is overwritten by the next pass."""
+        key = (*asked.slots, *(tensor.shape for tensor in asked.tensors()))
+        if key not in self._kept:
+            mine = asked.copy()
+            self._kept[key] = mine, self._record(functools.partial(self._run, mine))
+        mine, replay = self._kept[key]
+        for old, new in zip(mine.tensors(), asked.tensors(), strict=True):
+            old.copy_(new)
+        return replay()
+
+    def forget(self) -> None:
+        """What a pass reads lies elsewhere now."""
+        self._kept.clear()
+
+
+def _record_graph(run: Callable[[], torch.Tensor]) -> _Replay:
+    """As a CUDA graph: some two thousand launches become one."""
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # what is chosen and allocated in a first run is no part of a graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 class _Cache:
@@ -96,14 +159,15 @@ class _Cache:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        rows: _Rows,
+        rows: _Pass,
         scaling: float | None,
         window: int | None,
     ) -> torch.Tensor:
         """query (1, N, R, D), key and value (1, K, R, D) -> what every row finds before itself, (1, R, N, D)."""
         num_heads, num_keys = query.shape[1], key.shape[1]
-        self.keys.flatten(0, 1)[rows.targets] = key[0].transpose(0, 1)
-        self.values.flatten(0, 1)[rows.targets] = value[0].transpose(0, 1)
+        for cache, told in ((self.keys, key), (self.values, value)):
+            # What is not finite would reach whoever gets the block next: no share of it is 0.
+            cache.flatten(0, 1)[rows.targets] = told[0].transpose(0, 1).nan_to_num()
         by_row = query[0].transpose(0, 1)
         result = by_row.new_zeros(*by_row.shape[:2], value.shape[-1])
         for group in rows.groups:
@@ -154,7 +218,7 @@ class _Stack:
 
     def add(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
         """x (1, R, inputs), y (1, R, O), slots (S,) of R / S rows each -> y with what they add."""
-        by_slot = x.view(len(slots), -1, x.shape[-1])
+        by_slot = x.reshape(len(slots), -1, x.shape[-1])
         y = y + (by_slot @ self.a[slots] @ self.b[slots]).view_as(y)
         if self.factors is not None:
             own = self.factors[slots].repeat_interleave(by_slot.shape[1], 0)[None]
@@ -177,6 +241,10 @@ class _Stacks:
         self.by_module: dict[str, _Stack] = {}
         self.num_slots = 0
         self.free: list[int] = []
+
+    def addresses(self) -> list[int]:
+        tensors = [tensor for stack in self.by_module.values() for tensor in (stack.a, stack.b, stack.factors)]
+        return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
     def take(self) -> int:
         if not self.free:
@@ -215,11 +283,14 @@ class BatchedModel(Paged["_Slot | None"]):
             module.register_forward_hook(functools.partial(self._add_adapters, name))
         self._stacks: dict[int, _Stacks] = defaultdict(_Stacks)
         self._slots: dict[int, torch.Tensor] = {}
-        """Of the pass that is under way: `_Rows.slots`."""
+        """Of the pass that is under way: `_Pass.slots`."""
+        self._has_fixed_shapes = self._device.type != devices.CPU
+        self._replays: _Replays | None = None
 
         probe = _Probe()
         self._layers: Sequence[_Cache] = probe
-        like = self._run([0], [0], _Rows(torch.zeros(1), [], {}), [0])
+        zero = self._tensor([0])
+        like = self._run(_Pass(zero[None], zero[None], zero, zero, [], {}))
         block_bytes = BLOCK_TOKENS * like.itemsize * sum(heads * sum(widths) for heads, widths in probe.shapes)
         if cache_bytes is None:
             cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
@@ -228,7 +299,8 @@ class BatchedModel(Paged["_Slot | None"]):
         # And one more, that rows of no sequence write to.
         self._layers = [_Cache(num_blocks + num_spare + 1, *shape, like) for shape in probe.shapes]
         self._nowhere = (num_blocks + num_spare) * BLOCK_TOKENS
-        self.room_bytes = (num_blocks + num_spare + 1) * block_bytes
+        # A GPU's is taken already.
+        self.room_bytes = (num_blocks + num_spare + 1) * block_bytes if self._device.type == devices.CPU else 0
         self.vocabulary_size = int(model.config.get_text_config().vocab_size)
         pool = BlockPool(num_blocks, BLOCK_TOKENS)
         spare = list(range(num_blocks, num_blocks + num_spare))
@@ -237,6 +309,8 @@ class BatchedModel(Paged["_Slot | None"]):
         self._exact_sizes = self._find_exact_sizes()
         self._exact_shapes: set[tuple[int, int, int]] = set()
         """Of adapters that those sizes were found to hold for."""
+        if self._has_fixed_shapes:
+            self._try_replays(_record_graph)
 
     def forward(self, pieces: Sequence[_Piece]) -> Iterator[tuple[int, torch.Tensor | Exception]]:
         """Answers first, all together, then the pieces of prompts. What was closed meanwhile is left out."""
@@ -265,30 +339,54 @@ class BatchedModel(Paged["_Slot | None"]):
         logits, ends = torch.cat(parts), itertools.accumulate(len(token_ids) for _, _, token_ids, _ in pieces)
         return [logits[end - len(piece[2]) : end] for end, piece in zip(ends, pieces, strict=True)]
 
-    def _read_rows(self, rows: Sequence[tuple[Place[_Slot | None], int, int]], num_rows: int = 0) -> torch.Tensor:
+    def _read_rows(self, rows: Sequence[_Row], num_rows: int = 0) -> torch.Tensor:
         """Of every row the logits (R, V), in a pass of `num_rows`, or of as few as are enough."""
         num_rows = num_rows or next(size for size in self._exact_sizes if size >= len(rows))
-        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, (_, position, _) in enumerate(rows):
-            # On a CPU, what attention finds for two differs in the last bit from what it finds for one.
-            alike[position // BLOCK_TOKENS + 1, index if self._device.type == devices.CPU else 0].append(index)
-        groups = [
-            _Group(
-                self._tensor([[index] for index in indices]),
-                self._tensor([rows[index][0].table.blocks[:size] for index in indices]),
-                self._tensor([[rows[index][1]] for index in indices]),
-            )
-            for (size, _), indices in alike.items()
-        ]
-        targets = [_target(place, position) for place, position, _ in rows]
+        asked = self._pass_of(rows, num_rows)
+        logits = self._run(asked) if self._replays is None else self._replays(asked)
+        return logits[: len(rows)].to(devices.CPU, torch.float32)
+
+    def _pass_of(self, rows: Sequence[_Row], num_rows: int) -> _Pass:
+        nothing = [0] * (num_rows - len(rows))
         slots = [place.content for place, *_ in rows]
-        num_idle = num_rows - len(rows)
-        told = _Rows(
-            self._tensor(targets + [self._nowhere] * num_idle), groups, self._by_rank([*slots, *([None] * num_idle)])
+        return _Pass(
+            self._tensor([[token for *_, token in rows] + nothing]),
+            self._tensor([[position for _, position, _ in rows] + nothing]),
+            self._tensor(list(range(num_rows))),
+            self._tensor([_target(place, position) for place, position, _ in rows] + [self._nowhere] * len(nothing)),
+            self._groups(rows, num_rows),
+            self._by_rank([*slots, *([None] * len(nothing))]),
         )
-        positions, tokens = [position for _, position, _ in rows], [token for *_, token in rows]
-        nothing = [0] * num_idle
-        return self._run(tokens + nothing, positions + nothing, told, list(range(num_rows)))[: len(rows)]
+
+    def _groups(self, rows: Sequence[_Row], num_rows: int) -> list[_Group]:
+        blocks = [place.table.blocks[: position // BLOCK_TOKENS + 1] for place, position, _ in rows]
+        positions = [position for _, position, _ in rows]
+        if not self._has_fixed_shapes:
+            # Each alone: on a CPU, what attention finds for two differs in the last bit from what it finds for one.
+            return [
+                _Group(self._tensor([[index]]), self._tensor([own]), self._tensor([[position]]))
+                for index, (own, position) in enumerate(zip(blocks, positions, strict=True))
+            ]
+        size, most = min(num_rows, _power_of_two(len(rows))), _power_of_two(max(map(len, blocks)))
+        nowhere = self._nowhere // BLOCK_TOKENS
+        blocks = [own + [nowhere] * (most - len(own)) for own in blocks] + [[nowhere] * most] * (size - len(rows))
+        positions += [0] * (size - len(rows))
+        group = _Group(self._tensor(list(range(size))), self._tensor(blocks), self._tensor(positions))
+        return [_Group(group.rows[:, None], group.blocks, group.positions[:, None])]
+
+    def _try_replays(self, record: Callable[[Callable[[], torch.Tensor]], _Replay]) -> None:
+        """Plays passes from now on, if one that is recorded gives what it gives when it is run."""
+        asked = self._pass_of([(self.spare("", None), 0, 1)], self._most_rows)
+        try:
+            expected, replays = self._run(asked), _Replays(self._run, record)
+            is_same = all(torch.equal(replays(asked), expected) for _ in range(2))
+        except RuntimeError as error:
+            _log.warning("passes are launched step by step: they cannot be recorded here (%s)", error)
+            return
+        if is_same:
+            self._replays = replays
+        else:
+            _log.warning("passes are launched step by step: recorded ones differ from those that are run")
 
     def _find_exact_sizes(self) -> list[int]:
         place = self.spare("", None)
@@ -305,22 +403,28 @@ class BatchedModel(Paged["_Slot | None"]):
         positions = list(range(start, start + num_rows))
         blocks = place.table.blocks[: -(-(start + num_rows) // BLOCK_TOKENS)]
         group = _Group(self._tensor([list(range(num_rows))]), self._tensor([blocks]), self._tensor([positions]))
-        targets = self._tensor([_target(place, position) for position in positions])
-        rows = _Rows(targets, [group], self._by_rank([place.content]))
         wanted = list(range(num_rows - max(1, num_logits), num_rows))
-        return self._run(token_ids, positions, rows, wanted)[len(wanted) - num_logits :]
+        asked = _Pass(
+            self._tensor([token_ids]),
+            self._tensor([positions]),
+            self._tensor(wanted),
+            self._tensor([_target(place, position) for position in positions]),
+            [group],
+            self._by_rank([place.content]),
+        )
+        return self._run(asked)[len(wanted) - num_logits :]
 
     @torch.inference_mode()
-    def _run(self, token_ids: list[int], positions: list[int], rows: _Rows, wanted: list[int]) -> torch.Tensor:
-        """The logits (wanted, V)."""
-        self._slots = rows.slots
+    def _run(self, asked: _Pass) -> torch.Tensor:
+        """The logits (W, V)."""
+        self._slots = asked.slots
         result = self._model(
-            input_ids=self._tensor([token_ids]),
-            position_ids=self._tensor([positions]),
+            input_ids=asked.tokens,
+            position_ids=asked.positions,
             use_cache=False,
-            logits_to_keep=self._tensor(wanted),
+            logits_to_keep=asked.wanted,
             layers=self._layers,
-            rows=rows,
+            rows=asked,
         )
         logits: torch.Tensor = result.logits[0]
         return logits
@@ -347,6 +451,7 @@ class BatchedModel(Paged["_Slot | None"]):
         weights = modeling.read_adapter(adapter.folder, self._sizes)
         rank = len(next(iter(weights.values())).a)
         stacks = self._stacks[rank]
+        before = stacks.addresses()
         number, num_bytes = stacks.take(), 0
         for name, (num_outputs, num_inputs) in self._sizes.items():
             own, stack = weights.get(name), stacks.by_module.get(name)
@@ -357,6 +462,8 @@ class BatchedModel(Paged["_Slot | None"]):
                 self._prove_sizes(stack, (num_inputs, num_outputs, rank))
             if stack is not None:
                 num_bytes += stack.put(number, own, None if own is None else self._factors(name, own))
+        if self._replays is not None and stacks.addresses() != before:
+            self._replays.forget()
         return _Slot(rank, number), num_bytes
 
     def _prove_sizes(self, stack: _Stack, shape: tuple[int, int, int]) -> None:
@@ -414,7 +521,7 @@ def _attend(
     attention_mask: torch.Tensor | None,
     *,
     layers: Sequence[_Cache],
-    rows: _Rows,
+    rows: _Pass,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
@@ -426,6 +533,11 @@ def _attend(
 def _linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """Its forward, by what is faster on a CPU."""
     return modeling.linear(x.flatten(0, -2), module.weight, module.bias).view(*x.shape[:-1], -1)
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not smaller."""
+    return 1 << (number - 1).bit_length()
 
 
 def _target(place: Place[_Slot | None], position: int) -> int:

@@ -316,9 +316,22 @@ def _try_out(
     comparison = None
     if material.held_out:
         comparison = _compare(context, spec, served, material, folder, num_steps, device, precision)
-    model = serving_model(served, base, precision, settings, lambda detail: None)
-    SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
+    _record(context, settings, base, served, precision, folder)
     return comparison
+
+
+def _record(
+    context: JobContext,
+    settings: Settings,
+    base: Base,
+    loaded: modeling.PreTrainedModel,
+    precision: str,
+    folder: Path,
+) -> None:
+    """Golden values by the model that serves, which needs no room beside the self-test's own."""
+    settings = settings.model_copy(update={"kv_cache_bytes": 1})
+    model = serving_model(loaded, base, precision, settings, lambda detail: None)
+    SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
 
 
 def _record_elsewhere(context: JobContext, settings: Settings, base: Base, folder: Path, device: str) -> None:
@@ -355,9 +368,7 @@ def _record_on_cpu(context: JobContext, settings: Settings, base: Base, folder: 
     if needed > free:
         return f"it takes {needed / 1e9:.2f} GB of memory, and {max(0, free) / 1e9:.2f} GB are free"
     try:
-        loaded = modeling.load_base(base, precision, devices.CPU)
-        model = serving_model(loaded, base, precision, settings, lambda detail: None)
-        SelfTest(model, base, ChatText.load(base), precision).record(folder, context.check)
+        _record(context, settings, base, modeling.load_base(base, precision, devices.CPU), precision, folder)
     except KnowledgeEngineError as error:
         if error.reason is not Reason.NON_FINITE:
             raise

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import grpc
 import httpx2
 import pytest
@@ -222,6 +223,20 @@ async def test_a_failed_jobs_error_is_readable(server: ScriptedServer, client: h
     assert (job["error"]["code"], job["error"]["reason"]) == ("DATA_LOSS", "DATASET_CORRUPT")
     page = (await client.get("/api/v1/training/status/x")).json()
     assert (page["status"], page["error"]) == ("failed", "digest of 'd' differs")
+
+
+async def test_no_request_waits_for_a_thread(
+    server: ScriptedServer, client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastAPI calls in one, unasked, what is not asynchronous; it costs more than all that a token does here."""
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("called in a thread")
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
+    completion = inference_pb2.Completion(finish_reason=inference_pb2.FINISH_REASON_STOP)
+    server.script["Generate"] = inference_pb2.GenerateResponse(text="Yes.", completion=completion)
+    assert (await client.post("/api/v1/models/base/inference", json=ASK)).status_code == 200
 
 
 async def test_an_unexpected_exception_is_a_fixed_problem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

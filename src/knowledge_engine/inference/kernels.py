@@ -212,12 +212,63 @@ def _everywhere(builder: ir.IRBuilder, value: Any, count: int) -> Any:
     return builder.shuffle_vector(builder.insert_element(nothing, value, _WORD(0)), nothing, mask)
 
 
-def _make_block(num_outputs: int, num_rows: int) -> Any:
-    """Sums of products of rows of weights and rows of whole numbers, of each of the one with each of the other.
+def _products(builder: ir.IRBuilder, weights: list[Any], rows: list[Any], bounds: tuple[Any, Any, int]) -> list[Any]:
+    """Sums of products of rows of weights and rows of whole numbers, of each of the one with each of the other, each in
+    as many parts as a vector has places; bounds are columns.
 
     What of the weights comes next is asked for ahead, in the order in which it lies: several rows in turn are more than
     a CPU foresees, and come half as fast.
     """
+    narrow, num_outputs = ir.VectorType(_BYTE, _LANES), len(weights)
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+
+    def body(at: Any, totals: list[Any]) -> list[Any]:
+        of_weights = [builder.sext(_load(builder, pointer, at, narrow, 1), _MANY) for pointer in weights]
+        of_rows = [_load(builder, pointer, builder.shl(at, _SIZE(1)), _MANY, 2) for pointer in rows]
+        products = [_pairs(builder, weight, row) for row in of_rows for weight in of_weights]
+        for line in range(_AHEAD, _AHEAD + num_outputs * _LANES, 64):
+            ahead = builder.gep(weights[0], [builder.add(builder.mul(at, _SIZE(num_outputs)), _SIZE(line))])
+            builder.call(prefetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
+        return [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
+
+    return _sum_up(builder, bounds, [ir.Constant(_SUMS, None)] * (len(rows) * num_outputs), body)
+
+
+def _chosen(builder: ir.IRBuilder, left: Any, right: Any, places: list[int]) -> Any:
+    """These places of two vectors that lie one behind the other."""
+    mask = ir.Constant(ir.VectorType(_WORD, len(places)), [_WORD(place) for place in places])
+    return builder.shuffle_vector(left, right, mask)
+
+
+def _sums_of(builder: ir.IRBuilder, vectors: list[Any]) -> Any:
+    """What the places of each vector add up to, of four vectors or sixteen, as one vector.
+
+    Two are laid into two others and added, place by place, until one place is left of each: one after the other takes
+    as long as the products did.
+    """
+    count, length = len(vectors), _LANES // 2
+    fours = range(0, length, 4)
+    # Within sixteen bytes at first, which CPUs do best: places of the one and the other in turn, then pairs of them.
+    levels = [
+        [[four + 2 * half + k + length * side for four in fours for k in (0, 1) for side in (0, 1)] for half in (0, 1)],
+        [[four + 2 * half + k + length * side for four in fours for side in (0, 1) for k in (0, 1)] for half in (0, 1)],
+        [[four + k + length * side for side in (0, 1) for four in fours[half::2] for k in range(4)] for half in (0, 1)],
+    ]
+    for level in [*levels, levels[2]][: (min(count, length) - 1).bit_length()]:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.add(*(_chosen(builder, *pair, places) for places in level)) for pair in pairs]
+    whole = vectors[0]
+    for more in vectors[1:]:
+        whole = _chosen(builder, whole, more, list(range(2 * length)))
+    while whole.type.count > count:
+        half = whole.type.count // 2
+        whole = builder.add(*(_chosen(builder, whole, whole, list(range(k, k + half))) for k in (0, half)))
+    return whole
+
+
+def _make_block(num_outputs: int, num_rows: int) -> Any:
+    """Sums of products of rows of weights and rows of whole numbers, of each of the one with each of the other."""
 
     @intrinsic
     def block(typingctx: Any, weight: Any, o: Any, whole: Any, r: Any, first: Any, last: Any, sums: Any) -> Any:
@@ -229,21 +280,7 @@ def _make_block(num_outputs: int, num_rows: int) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             weights = _pointers(context, builder, signature.args[0], args[0], args[1], num_outputs)
             rows = _pointers(context, builder, signature.args[2], args[2], args[3], num_rows)
-            narrow = ir.VectorType(_BYTE, _LANES)
-            kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
-            prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-
-            def body(at: Any, totals: list[Any]) -> list[Any]:
-                of_weights = [builder.sext(_load(builder, pointer, at, narrow, 1), _MANY) for pointer in weights]
-                of_rows = [_load(builder, pointer, builder.shl(at, _SIZE(1)), _MANY, 2) for pointer in rows]
-                products = [_pairs(builder, weight, row) for row in of_rows for weight in of_weights]
-                for line in range(_AHEAD, _AHEAD + num_outputs * _LANES, 64):
-                    ahead = builder.gep(weights[0], [builder.add(builder.mul(at, _SIZE(num_outputs)), _SIZE(line))])
-                    builder.call(prefetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
-                return [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
-
-            nothing = [ir.Constant(_SUMS, None)] * (num_rows * num_outputs)
-            totals = _sum_up(builder, (args[4], args[5], _LANES), nothing, body)
+            totals = _products(builder, weights, rows, (args[4], args[5], _LANES))
             name = f"llvm.vector.reduce.add.v{_LANES // 2}i32"
             reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_WORD, [_SUMS]), name)
             out = context.make_array(signature.args[6])(context, builder, args[6]).data
@@ -254,6 +291,53 @@ def _make_block(num_outputs: int, num_rows: int) -> Any:
         return signature, codegen
 
     return block
+
+
+def _make_tile(num_rows: int) -> Any:
+    """Four outputs of so many rows, where all columns are a multiple of _LANES and one chunk."""
+
+    @intrinsic
+    def tile(typingctx: Any, weight: Any, o: Any, whole: Any, r: Any, scales: Any, units: Any, y: Any) -> Any:
+        """weight (O, inputs) and scales (O,) from row o, whole (R, inputs) and units (R,) from row r -> y (R, O)."""
+        size = types.intp
+        signature = types.void(weight, size, whole, size, scales, units, y)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            weights = _pointers(context, builder, signature.args[0], args[0], args[1], 4)
+            rows = _pointers(context, builder, signature.args[2], args[2], args[3], num_rows)
+            shape = context.make_array(signature.args[0])(context, builder, args[0]).shape
+            bounds = _SIZE(0), cgutils.unpack_tuple(builder, shape)[1], _LANES
+            sums = _sums_of(builder, _products(builder, weights, rows, bounds))
+            kind, four = ir.VectorType(ir.FloatType(), 4 * num_rows), ir.VectorType(ir.FloatType(), 4)
+            of_rows = _load(
+                builder,
+                _data(context, builder, signature.args[5], args[5])[0],
+                builder.shl(args[3], _SIZE(2)),
+                ir.VectorType(ir.FloatType(), num_rows),
+                4,
+            )
+            of_outputs = _load(
+                builder,
+                _data(context, builder, signature.args[4], args[4])[0],
+                builder.shl(args[1], _SIZE(2)),
+                four,
+                4,
+            )
+            places = range(4 * num_rows)
+            values = builder.fmul(
+                builder.sitofp(sums, kind), _chosen(builder, of_rows, of_rows, [place // 4 for place in places])
+            )
+            values = builder.fmul(values, _chosen(builder, of_outputs, of_outputs, [place % 4 for place in places]))
+            at = builder.shl(args[1], _SIZE(2))
+            for k, out in enumerate(_pointers(context, builder, signature.args[6], args[6], args[3], num_rows)):
+                place = builder.bitcast(builder.gep(out, [at]), four.as_pointer())
+                part = _chosen(builder, values, values, list(range(4 * k, 4 * k + 4)))
+                builder.store(part, place).align = 4
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile
 
 
 def _make_strip(num_rows: int, num_vectors: int) -> Any:
@@ -396,6 +480,7 @@ def _make_high(num_rows: int) -> Any:
 
 
 _one, _column, _square = _make_block(1, 1), _make_block(4, 1), _make_block(4, 4)
+_tile1, _tile4 = _make_tile(1), _make_tile(4)
 _strip1, _strip4, _strip2x4, _strip3x4 = _make_strip(1, 1), _make_strip(1, 4), _make_strip(2, 4), _make_strip(3, 4)
 _low1, _low2, _low4 = _make_low(1), _make_low(2), _make_low(4)
 _high1, _high2, _high4 = _make_high(1), _make_high(2), _make_high(4)
@@ -407,6 +492,7 @@ def _multiply_tile(whole: Array, linear: Linear, units: Array, y: Array, begin: 
     num_rows, num_inputs = whole.shape
     weight, scales, bias = linear.weight, linear.scales, linear.bias
     even = num_inputs - num_inputs % _LANES
+    is_short = 0 < even == num_inputs <= _CHUNK
     sums, totals = np.empty(16, np.int32), np.zeros(16, np.int64)
     o = begin
     while o < end:
@@ -414,6 +500,17 @@ def _multiply_tile(whole: Array, linear: Linear, units: Array, y: Array, begin: 
         r = 0
         while r < num_rows:
             count = 4 if num_outputs == 4 and num_rows - r >= 4 else 1
+            if is_short and num_outputs == 4:
+                if count == 4:
+                    _tile4(weight, o, whole, r, scales, units, y)
+                else:
+                    _tile1(weight, o, whole, r, scales, units, y)
+                if len(bias):
+                    for row in range(r, r + count):
+                        for k in range(o, o + 4):
+                            y[row, k] += bias[k]
+                r += count
+                continue
             for first in range(0, even, _CHUNK):
                 last = min(first + _CHUNK, even)
                 if count == 4:

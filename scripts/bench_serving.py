@@ -171,7 +171,7 @@ def main() -> int:
 
 async def _measure(name: str, connect: Connect, at_once: int, pid: int) -> Row:
     """Keeps so many requests under way until all are answered."""
-    questions = iter(QUESTIONS[: max(4, 2 * at_once)])
+    questions = iter(QUESTIONS[: max(8, 2 * at_once)])
     answers: list[_Answer] = []
 
     async def worker(ask: Ask, adapter: int) -> None:

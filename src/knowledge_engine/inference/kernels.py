@@ -496,7 +496,7 @@ def _multiply_tile(whole: Array, linear: Linear, units: Array, y: Array, begin: 
     sums, totals = np.empty(16, np.int32), np.zeros(16, np.int64)
     o = begin
     while o < end:
-        num_outputs = 4 if num_rows >= 4 and end - o >= 4 else 1
+        num_outputs = 4 if num_rows >= (2 if is_short else 4) and end - o >= 4 else 1
         r = 0
         while r < num_rows:
             count = 4 if num_outputs == 4 and num_rows - r >= 4 else 1

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,11 @@ def test_a_service_that_never_answers_is_given_up(studio: Studio, fault: Scripte
 
 
 def test_a_service_that_falls_silent_is_given_up(studio: Studio) -> None:
-    with FakeOpenAI(lambda request: None if request.number < 10 else refusing(503)) as fake:
+    def answer(request: Request) -> Scripted | None:
+        # The first refusals come when the last answers were read: an answer that is read after them begins the count anew.
+        return None if request.number < 10 else replace(refusing(503), delay=0.5 * (request.number < 18))
+
+    with FakeOpenAI(answer) as fake:
         error = studio.fails(fake)
     assert error.reason is Reason.OPENAI_UNAVAILABLE
     # Those under way when it fell silent, then one at a time.

@@ -338,7 +338,7 @@ def test_a_service_that_never_answers_is_given_up(studio: Studio, fault: Scripte
 
 def test_a_service_that_falls_silent_is_given_up(studio: Studio) -> None:
     def answer(request: Request) -> Scripted | None:
-        # The first refusals come when the last answers were read: an answer that is read after them begins the count anew.
+        # The first refusals come when the last answers were read: one that is read after them begins the count anew.
         return None if request.number < 10 else replace(refusing(503), delay=0.5 * (request.number < 18))
 
     with FakeOpenAI(answer) as fake:

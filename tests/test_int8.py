@@ -15,7 +15,7 @@ from knowledge_engine import modeling
 from knowledge_engine.bases import Base, prepare_base
 from knowledge_engine.core import SamplingParams
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason
-from knowledge_engine.inference import int8, kernels
+from knowledge_engine.inference import int8, kernels, paged
 from knowledge_engine.inference.adapters import at_once
 from knowledge_engine.inference.blocks import BlockPool, Table
 from knowledge_engine.inference.drafts import Drafts
@@ -482,7 +482,7 @@ def test_without_a_setting_a_whole_context_fits(
     tiny: tuple[Path, modeling.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Int8Model(tiny[1], CONTEXT, 16, None, 0).max_tokens > CONTEXT  # 1 GiB of such a small base
-    monkeypatch.setattr(int8, "DEFAULT_CACHE_BYTES", 2**16)
+    monkeypatch.setattr(paged, "DEFAULT_CACHE_BYTES", 2**16)
     assert Int8Model(tiny[1], CONTEXT, 16, None, 0).max_tokens == CONTEXT
 
 

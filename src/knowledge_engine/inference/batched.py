@@ -31,7 +31,7 @@ from knowledge_engine.bases import Base
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.blocks import BlockPool
 from knowledge_engine.inference.golden import MAX_TOKENS
-from knowledge_engine.inference.paged import Paged, Place
+from knowledge_engine.inference.paged import Paged, Place, count_blocks
 from knowledge_engine.inference.wire import Adapter
 from knowledge_engine.modeling import AdapterWeights
 
@@ -42,7 +42,6 @@ SIZES = {devices.CPU: (2, 4, 8, 16), devices.CUDA: (64,)}
 largest, bit by bit. A GPU reads its weights in the same time for all."""
 NUM_DRAFTS = 6
 """Guessed tokens that one pass looks at, of all sequences together: as many as find room in it."""
-DEFAULT_CACHE_BYTES = 2**30
 
 _ARCHITECTURES = frozenset(
     {"apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2",
@@ -72,8 +71,8 @@ _Replay = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows with equally many blocks before them: `rows` (B, Q) of the pass, `blocks` (B, n), and the position of each
-    row, (B, Q)."""
+    """What is asked of attention in one call: `rows` (B, Q) of the pass, the blocks of each (B, n), and the position of
+    each row (B, Q), behind which nothing counts."""
 
     rows: torch.Tensor
     blocks: torch.Tensor
@@ -292,9 +291,7 @@ class BatchedModel(Paged["_Slot | None"]):
         zero = self._tensor([0])
         like = self._run(_Pass(zero[None], zero[None], zero, zero, [], {}))
         block_bytes = BLOCK_TOKENS * like.itemsize * sum(heads * sum(widths) for heads, widths in probe.shapes)
-        if cache_bytes is None:
-            cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
-        num_blocks = max(1, cache_bytes // block_bytes)
+        num_blocks = count_blocks(cache_bytes, block_bytes, BLOCK_TOKENS, context_length)
         num_spare = -(-MAX_TOKENS // BLOCK_TOKENS)
         # And one more, that rows of no sequence write to.
         self._layers = [_Cache(num_blocks + num_spare + 1, *shape, like) for shape in probe.shapes]

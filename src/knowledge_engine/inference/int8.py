@@ -34,7 +34,7 @@ from knowledge_engine.inference.kernels import (
     PART_FIELDS,
     Array,
 )
-from knowledge_engine.inference.paged import Paged, Place
+from knowledge_engine.inference.paged import Paged, Place, count_blocks
 from knowledge_engine.inference.wire import Adapter
 from knowledge_engine.modeling import AdapterWeights, PreTrainedModel
 
@@ -46,8 +46,6 @@ FEW_ROWS = 32
 """So many are multiplied by a kernel of our own: torch's are made for more."""
 NUM_DRAFTS = 6
 """Guessed tokens that one pass looks at, of all sequences together: so few cost next to nothing."""
-
-DEFAULT_CACHE_BYTES = 2**30
 
 _UNBOUNDED = 2**62
 
@@ -219,9 +217,7 @@ class Int8Model(Paged[_Part]):
         width, depth, num_layers = config.hidden_size, attention.head_dim, len(decoder.layers)
         padded = -(-depth // HEAD_STEP) * HEAD_STEP
         block_bytes = 2 * (2 * padded + 4) * num_layers * num_keys * BLOCK_TOKENS
-        if cache_bytes is None:
-            cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // BLOCK_TOKENS))
-        num_blocks = max(1, cache_bytes // block_bytes)
+        num_blocks = count_blocks(cache_bytes, block_bytes, BLOCK_TOKENS, context_length)
         num_all = num_blocks + -(-MAX_TOKENS // BLOCK_TOKENS)
         heads = num_layers, num_all, num_keys
         self._cache = kernels.Cache(

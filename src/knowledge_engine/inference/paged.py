@@ -11,6 +11,15 @@ from knowledge_engine.inference.wire import EngineRequest
 
 T = TypeVar("T")
 
+DEFAULT_CACHE_BYTES = 2**30
+
+
+def count_blocks(cache_bytes: int | None, block_bytes: int, block_tokens: int, context_length: int) -> int:
+    """How many there is room for; without `cache_bytes`, enough for one whole context at least."""
+    if cache_bytes is None:
+        cache_bytes = max(DEFAULT_CACHE_BYTES, block_bytes * -(-context_length // block_tokens))
+    return max(1, cache_bytes // block_bytes)
+
 
 class Place(Generic[T]):
     """A sequence's blocks, and what its adapter is there."""

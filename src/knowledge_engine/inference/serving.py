@@ -22,9 +22,9 @@ def serving_model(
 ) -> Model:
     """Ready to answer. `loaded` is the base in this precision, and what is made of it; `tell` is told of what takes
     long."""
-    if precision != modeling.INT8 and can_batch(base):
-        return BatchedModel(loaded, base.context_length, settings.kv_cache_bytes, settings.adapter_cache_bytes)
     if precision != modeling.INT8:
+        if can_batch(base):
+            return BatchedModel(loaded, base.context_length, settings.kv_cache_bytes, settings.adapter_cache_bytes)
         return PlainModel(loaded, settings.adapter_cache_bytes)
     # numba reads these once, when it is imported.
     os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))))

@@ -23,6 +23,7 @@ CPU, CUDA = "cpu", "cuda"
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_OF_THIS_PROCESS = Path("/proc/self/cgroup")
+_CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def has_cuda_device() -> bool:
@@ -168,6 +169,23 @@ def _read_limit(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None  # "max" is none
+
+
+@functools.cache
+def is_zen3() -> bool:
+    """Whether this CPU is an AMD of the generation that came before AVX-512."""
+    try:
+        facts = {
+            name.strip(): value.split()
+            for name, _, value in (line.partition(":") for line in _CPU_FACTS.read_text(encoding="utf-8").splitlines())
+        }
+    except OSError:
+        return False
+    return (
+        facts.get("vendor_id") == ["AuthenticAMD"]
+        and facts.get("cpu family") == ["25"]
+        and "avx512f" not in facts.get("flags", [])
+    )
 
 
 @functools.cache

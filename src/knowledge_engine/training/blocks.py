@@ -13,6 +13,7 @@ Shapes: B examples, T tokens each, M = B T, H width of the model, N heads of wid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears
+from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, body_and_head
+from knowledge_engine.training.data import Packing
 from knowledge_engine.training.lora import Masks, backward, forward
+from knowledge_engine.training.packing import lay
 from knowledge_engine.training.plan import FUSED_LAYERS
 
 _Kept = tuple[torch.Tensor, torch.Tensor | None]
@@ -36,9 +39,11 @@ def use_fused_layers(model: PeftModel, masks: Masks) -> int:
     """
     adapted = {id(layer.module): layer for layer in adapted_linears(model)}
     num_fused = 0
+    body, _ = body_and_head(model)
     module: Any
     for module in model.modules():
         if type(module).__name__ in FUSED_LAYERS.values() and (block := _Block.of(module, adapted)) is not None:
+            block.is_last = module is body.layers[-1]
             module.forward = _forward(block, module, module.forward, masks)
             num_fused += 1
     return num_fused
@@ -52,11 +57,13 @@ def _forward(
         attention_mask: torch.Tensor | None = None,
         *,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        packing: Packing | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        if module.training and torch.is_grad_enabled() and attention_mask is None:
-            return block.compute(hidden_states, *position_embeddings, masks)
-        return plain(hidden_states, attention_mask, position_embeddings=position_embeddings, **options)
+        is_unmasked = packing is not None or attention_mask is None
+        if module.training and torch.is_grad_enabled() and is_unmasked:
+            return block.compute(hidden_states, *position_embeddings, masks, packing)
+        return plain(hidden_states, attention_mask, position_embeddings=position_embeddings, packing=packing, **options)
 
     return forward
 
@@ -70,6 +77,7 @@ class _Block:
         self.first_norm, self.second_norm = _Norm(module.input_layernorm), _Norm(module.post_attention_layernorm)
         self.head_width: int = module.self_attn.head_dim
         self.scaling: float = module.self_attn.scaling
+        self.is_last = False
         self.is_grouped: bool = module.self_attn.num_key_value_groups > 1
 
     @classmethod
@@ -88,11 +96,16 @@ class _Block:
         )
         return cls(module, linears[: len(inputs)], linears[len(inputs) :]) if is_ours else None
 
-    def compute(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: Masks) -> torch.Tensor:
-        """(B, T, H) -> (B, T, H); cos and sin are (1, T, D), the same in both of their halves."""
+    def compute(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: Masks, packing: Packing | None
+    ) -> torch.Tensor:
+        """(B, T, H) -> (B, T, H), or of a packed batch (1, U, H); cos and sin are (1, T, D), the same in both of their
+        halves."""
         half = self.head_width // 2
         turn = (cos[..., None, :half], sin[..., None, :half])
         q, k, v = _Inputs.apply(x, self, turn, masks, *_weights(self.inputs))  # type: ignore[no-untyped-call]
+        if packing is not None:
+            q, k, v = (lay(part[0], packing) for part in (q, k, v))
         attended = functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -101,8 +114,34 @@ class _Block:
             scale=self.scaling,
             enable_gqa=self.is_grouped,
         )
-        attended = attended.transpose(1, 2).reshape(*x.shape[:2], -1)
-        return _Outputs.apply(attended, x, self, masks, *_weights(self.outputs))  # type: ignore[no-any-return, no-untyped-call]
+        choice = _Choice.of(packing, is_last=self.is_last)
+        attended = attended.transpose(1, 2).flatten(2)
+        return _Outputs.apply(attended, x, self, masks, choice, *_weights(self.outputs))  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which places of attention's (B * T), and which tokens of a layer's input, its second half computes: None for all
+    of them."""
+
+    places: torch.Tensor | None
+    tokens: torch.Tensor | None
+
+    @classmethod
+    def of(cls, packing: Packing | None, *, is_last: bool) -> _Choice:
+        if packing is None:
+            return cls(None, None)
+        return cls(packing.firsts[packing.wanted], packing.wanted) if is_last else cls(packing.firsts, None)
+
+
+def _chosen(x: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
+    """(M, ...) -> (len(indices), ...)"""
+    return x if indices is None else x[indices]
+
+
+def _spread(x: torch.Tensor, indices: torch.Tensor | None, num_rows: int) -> torch.Tensor:
+    """The inverse of `_chosen`: (len(indices), ...) -> (M, ...), 0 where nothing was chosen."""
+    return x if indices is None else x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, indices, x)
 
 
 def _weights(layers: Sequence[AdaptedLinear]) -> list[torch.Tensor]:
@@ -124,7 +163,7 @@ class _Inputs(torch.autograd.Function):
         flat = x.flatten(0, 1)
         inverse = block.first_norm.inverse(flat)
         normed = block.first_norm.apply(flat, inverse)
-        products, kept = zip(*(_times(layer, normed, masks) for layer in block.inputs), strict=True)
+        products, kept = zip(*(_times(layer, normed, masks, len(flat)) for layer in block.inputs), strict=True)
         q, k, v = (product.view(*x.shape[:2], -1, block.head_width) for product in products)
         ctx.save_for_backward(flat, inverse, *turn, *_flattened(kept))
         ctx.block = block
@@ -149,36 +188,49 @@ class _Inputs(torch.autograd.Function):
 
 
 class _Outputs(torch.autograd.Function):
-    """What attention gives (B, T, N D) and the layer's input (B, T, H) -> the layer's output (B, T, H)."""
+    """What attention gives (B, T, N D) and the layer's input (B, T, H) -> the layer's output (B, T, H), 0 for tokens
+    that are not of the choice. Both inputs may lie differently, as the choice says."""
 
     @staticmethod
     def forward(
-        ctx: Any, attended: torch.Tensor, x: torch.Tensor, block: _Block, masks: Masks, *ab: torch.Tensor
+        ctx: Any,
+        attended: torch.Tensor,
+        x: torch.Tensor,
+        block: _Block,
+        masks: Masks,
+        choice: _Choice,
+        *ab: torch.Tensor,
     ) -> torch.Tensor:
         o, gate, up, down = block.outputs
-        attended = attended.flatten(0, 1)
-        h, kept_o = _times(o, attended, masks)
-        h += x.flatten(0, 1)
+        num_rows = x.shape[0] * x.shape[1]
+
+        def times(layer: AdaptedLinear, values: torch.Tensor) -> tuple[torch.Tensor, _Kept]:
+            return _times(layer, values, masks, num_rows, choice.tokens)
+
+        h, kept_o = times(o, _chosen(attended.flatten(0, 1), choice.places))
+        h += _chosen(x.flatten(0, 1), choice.tokens)
         inverse = block.second_norm.inverse(h)
         normed = block.second_norm.apply(h, inverse)
-        gated, kept_gate = _times(gate, normed, masks)
-        raised, kept_up = _times(up, normed, masks)
+        gated, kept_gate = times(gate, normed)
+        raised, kept_up = times(up, normed)
         inner = functional.silu(gated).mul_(raised)
-        y, kept_down = _times(down, inner, masks)
+        y, kept_down = times(down, inner)
         y += h
         kept = (kept_o, kept_gate, kept_up, kept_down)
         ctx.save_for_backward(attended, h, inverse, gated, raised, *_flattened(kept))
-        ctx.block = block
-        return y.view(x.shape)
+        ctx.block, ctx.choice = block, choice
+        return _spread(y, choice.tokens, num_rows).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        attended, h, inverse, gated, raised, *kept = ctx.saved_tensors
+        found, h, inverse, gated, raised, *kept = ctx.saved_tensors
         block: _Block = ctx.block
+        choice: _Choice = ctx.choice
         o, gate, up, down = block.outputs
         kept_o, kept_gate, kept_up, kept_down = _pairs(kept)
         shape = gradients[0].shape
-        grad_y = gradients[0].reshape(h.shape)
+        grad_y = _chosen(gradients[0].flatten(0, 1), choice.tokens)
+        attended = _chosen(found.flatten(0, 1), choice.places)
 
         activated = functional.silu(gated)
         grad_inner = torch.zeros_like(gated)
@@ -194,8 +246,10 @@ class _Outputs(torch.autograd.Function):
 
         grad_attended = torch.zeros_like(attended)
         of_o = backward(o, grad_h, attended, *kept_o, grad_attended)
+        grad_attended = _spread(grad_attended, choice.places, found.shape[0] * found.shape[1])
+        grad_x = _spread(grad_h, choice.tokens, shape[0] * shape[1])
         return (
-            grad_attended.view(*shape[:2], -1), grad_h.view(shape), None, None, *of_o, *of_gate, *of_up, *of_down
+            grad_attended.view(found.shape), grad_x.view(shape), None, None, None, *of_o, *of_gate, *of_up, *of_down
         )  # fmt: skip
 
 
@@ -223,8 +277,13 @@ class _Norm:
         return grad
 
 
-def _times(layer: AdaptedLinear, x: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, _Kept]:
-    dropped = masks.draw(x, layer.dropout) if layer.dropout else None
+def _times(
+    layer: AdaptedLinear, x: torch.Tensor, masks: Masks, num_rows: int, chosen: torch.Tensor | None = None
+) -> tuple[torch.Tensor, _Kept]:
+    """x are all rows, or the chosen ones of so many: dropout tosses for all, so that a choice changes no other toss."""
+    dropped = None
+    if layer.dropout:
+        dropped = _chosen(masks.draw(x.new_empty(num_rows, x.shape[1]), layer.dropout), chosen)
     y, low = forward(layer, x, dropped)
     return y, (low, dropped)
 

@@ -40,8 +40,15 @@ from knowledge_engine.training.checkpoints import (
 from knowledge_engine.training.data import Batch, collate
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import check_head, loss_of, mean_loss
-from knowledge_engine.training.material import Item, num_units, width
-from knowledge_engine.training.plan import EVALUATION_BATCH_SIZE, count_steps, plan_windows, split_window
+from knowledge_engine.training.material import Item, num_units, sides_of, width
+from knowledge_engine.training.packing import use_packing
+from knowledge_engine.training.plan import (
+    EVALUATION_BATCH_SIZE,
+    count_steps,
+    pack_window,
+    plan_windows,
+    split_window,
+)
 
 _MAX_ZEROS = 5
 
@@ -109,11 +116,13 @@ def train(
     if num_layers := use_fused_layers(model, masks):
         context.log(f"{num_layers} decoder layers are computed in one piece each")
     check_head(model, collate(items[:1], device))
+    longest_packed = use_packing(model, items[0])
     loss_of_batch = loss_of(spec)
     teller = _Teller(model, held_out, spec, context, log, device, steps_per_epoch)
     best = Best(weights) if spec.load_best_model_at_end else None
     model.train()
-    noise = _use_neftune(model, spec.neftune_noise_alpha)
+    noise = _Noise(model, spec.neftune_noise_alpha)
+    at_once = micro_batch or spec.per_device_train_batch_size
 
     position = checkpoints.resume(learned, masks, device, best)
     lengths = [*map(width, items)]
@@ -136,10 +145,18 @@ def train(
             window = next(windows)
             num_trained = sum(num_units(items[index]) for batch in window for index in batch)
             step_loss = 0.0
-            for members in split_window(window, lengths, spec, device, micro_batch or spec.per_device_train_batch_size):
+            examples = [side for batch in window for index in batch for side in sides_of(items[index])]
+            is_packed = all(len(example.input_ids) <= longest_packed for example in examples)
+            parts = (
+                pack_window(window, items, spec, device, at_once)
+                if is_packed
+                else split_window(window, lengths, spec, device, at_once)
+            )
+            for members in parts:
                 context.check()
                 failpoint("training.batch")
-                batch = collate([items[index] for index in members], device)
+                batch = collate([items[index] for index in members], device, is_packed=is_packed)
+                noise.length = batch.length
                 loss = loss_of_batch(model, batch)
                 (loss / num_trained).backward()  # type: ignore[no-untyped-call]
                 step_loss += loss.item()
@@ -196,19 +213,25 @@ def _patience(spec: TrainingSpec) -> str:
     return f"{spec.early_stopping_patience} evaluations" if many else "an evaluation"
 
 
-def _use_neftune(model: PeftModel, alpha: float) -> RemovableHandle:
+class _Noise:
     """Noise on the embeddings (B, T, H) of every training batch, uniform within alpha / sqrt(T H) (Jain et al. 2023,
     arXiv 2310.05914, algorithm 1). It comes from torch's own source of chance, which a checkpoint keeps."""
 
-    def add_noise(module: nn.Module, inputs: object, embedded: torch.Tensor) -> torch.Tensor:
-        if not alpha or not model.training:
-            return embedded
-        bound = alpha / math.sqrt(embedded.shape[-2] * embedded.shape[-1])
-        return embedded + torch.empty_like(embedded).uniform_(-bound, bound)
+    length = 1
+    """T of the batch that comes next, which a packed one does not show."""
 
-    base: Any = model.get_base_model()
-    handle: RemovableHandle = base.get_input_embeddings().register_forward_hook(add_noise)
-    return handle
+    def __init__(self, model: PeftModel, alpha: float) -> None:
+        self._model = model
+        self._alpha = alpha
+        base: Any = model.get_base_model()
+        handle: RemovableHandle = base.get_input_embeddings().register_forward_hook(self._add)
+        self.remove = handle.remove
+
+    def _add(self, module: nn.Module, inputs: object, embedded: torch.Tensor) -> torch.Tensor:
+        if not self._alpha or not self._model.training:
+            return embedded
+        bound = self._alpha / math.sqrt(self.length * embedded.shape[-1])
+        return embedded + torch.empty_like(embedded).uniform_(-bound, bound)
 
 
 class _Teller:

@@ -14,7 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.nn import functional
 
+from knowledge_engine import devices
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, linear
 
 
@@ -22,7 +24,7 @@ def forward(layer: AdaptedLinear, x: torch.Tensor, dropped: torch.Tensor | None)
     """(M, I) -> (M, O), and A dropout(x) (M, r) for `backward`. `dropped` (M, I) is true where dropout zeroes an input
     of A."""
     low = linear(_without(x, dropped), layer.a.to(x.dtype))
-    y = linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
+    y = wide_linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
     y.addmm_(low, layer.b.t().to(x.dtype), alpha=_scale(layer))
     return y, low
 
@@ -47,6 +49,13 @@ def backward(
         else:
             grad_x += (grad_low @ a).masked_fill_(dropped, 0)
     return grad_a.to(layer.a.dtype), grad_b.to(layer.b.dtype)
+
+
+def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`modeling.linear` of many inputs and outputs. On Zen 3 alone MKL is faster at these: 186 against 165 GFLOP/s."""
+    if devices.is_zen3() and x.device.type == devices.CPU and x.dtype is torch.float32:
+        return functional.linear(x, weight, bias)
+    return linear(x, weight, bias)
 
 
 def _scale(layer: AdaptedLinear) -> float:

@@ -16,8 +16,10 @@ from torch.nn import functional
 
 from knowledge_engine.core import TrainingMethod, TrainingSpec
 from knowledge_engine.errors import InvalidSpecError, Reason
-from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head, linear, without_adapter
+from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head, without_adapter
 from knowledge_engine.training.data import Batch
+from knowledge_engine.training.lora import wide_linear
+from knowledge_engine.training.packing import hidden_states
 from knowledge_engine.training.plan import CHUNK_POSITIONS
 
 _CHECKED_POSITIONS = 64
@@ -51,7 +53,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def _through_head(states: torch.Tensor, targets: torch.Tensor, head: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (n,) of hidden states (n, H), and what the logits are raised to, exp(z - max z) (n, V)."""
-    values = linear(states, head.weight, head.bias).float()
+    values = wide_linear(states, head.weight, head.bias).float()
     values -= values.amax(1, keepdim=True)
     mine = values.gather(1, targets.unsqueeze(1)).squeeze(1)
     raised = values.exp_()
@@ -102,9 +104,8 @@ def _favours(model: PeftModel, batch: Batch) -> torch.Tensor:
 
 def token_losses(model: Model, batch: Batch) -> torch.Tensor:
     """Negative log-likelihood of every trained token (N,), in nats."""
-    body, head = body_and_head(model)
-    states = body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    hidden = states.flatten(0, 1)[batch.positions]
+    _, head = body_and_head(model)
+    hidden = hidden_states(model, batch)[batch.positions]
     if hidden.requires_grad:
         return _HeadLoss.apply(hidden, batch.targets, head)  # type: ignore[no-any-return, no-untyped-call]
     losses = [_through_head(states, tokens, head)[0] for states, tokens in _chunks(hidden, batch.targets)]

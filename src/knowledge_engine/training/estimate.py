@@ -36,6 +36,7 @@ from knowledge_engine.training.plan import (
     count_steps,
     plan_windows,
     split_window,
+    tokens_at_once,
 )
 
 _MIB = 2**20
@@ -415,7 +416,7 @@ def _memory(
     size = 2 if device == devices.CUDA and devices.has_bfloat16() else 4
     weights = _weight_bytes(shape, size, device, use_qlora=spec.use_qlora)
     batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device)
-    step = max(_step_bytes(shape, spec, batch, size, device) for batch in batches)
+    step = max(_step_bytes(shape, spec, num_tokens, batch, size, device) for num_tokens, batch in batches)
     libraries = _LIBRARIES_BYTES[device]
     served = size * shape.num_weights
     copies = _ADAM_COPIES + spec.load_best_model_at_end
@@ -458,11 +459,9 @@ def _weight_bytes(shape: Shape, size: int, device: str, *, use_qlora: bool) -> i
     return max(shape.file_bytes, left_behind) + kept + quantised
 
 
-def _step_bytes(shape: Shape, spec: TrainingSpec, batch: Sequence[Row], size: int, device: str) -> int:
+def _step_bytes(shape: Shape, spec: TrainingSpec, tokens: int, batch: Sequence[Row], size: int, device: str) -> int:
     """Live at the largest moment of a batch, besides weights and optimizer: all that the layers keep, and the larger of
     the head's chunk and the backward pass of one layer."""
-    longest = max(row.length for row in batch)
-    tokens = len(batch) * longest
     trained = sum(row.num_trained for row in batch)
     adapted = shape.adapted(spec.lora)
     heads_width = shape.num_heads * shape.head_width
@@ -505,12 +504,18 @@ def _head_bytes(shape: Shape, num_positions: int, size: int) -> int:
     return (4 if size == 4 else 4 + size) * min(num_positions, CHUNK_POSITIONS) * shape.vocabulary
 
 
-def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str) -> Iterator[list[Row]]:
-    """What is computed at once."""
+def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str) -> Iterator[tuple[int, list[Row]]]:
+    """What is computed at once, and in how many tokens at most. Packed batches are filled with examples that begin
+    alike, which lengths do not tell, up to the same bound."""
     lengths = [row.length for row in rows]
+    size = spec.per_device_train_batch_size
+    bound = tokens_at_once(spec, device, size)
     for window in islice(plan_windows(lengths, spec), num_steps):
-        for members in split_window(window, lengths, spec, device, spec.per_device_train_batch_size):
-            yield [rows[index] for index in members]
+        most = sum(sorted(lengths[index] for batch in window for index in batch)[-size:])
+        for members in split_window(window, lengths, spec, device, size):
+            part = [rows[index] for index in members]
+            padded = len(part) * max(row.length for row in part)
+            yield max(padded, min(most, bound)), part
 
 
 def _count_tokens(spec: TrainingSpec, material: Material, num_steps: int, per_epoch: int) -> int:

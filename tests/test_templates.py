@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from knowledge_engine.core import Message
+from knowledge_engine.core import Message, Tool
 from knowledge_engine.errors import InvalidSpecError, Reason
 from knowledge_engine.text import ChatText
 from tests.test_text import _sentencepiece_like
@@ -40,8 +41,12 @@ _SPECIAL: dict[str, tuple[list[str], str, str]] = {
 """Control tokens of a family, its bos and its eos."""
 FAMILY = {name: name for name in _SPECIAL} | {
     "llama-3-unconditional": "llama-3",
+    "llama-3.1": "llama-3",
     "qwen-2": "qwen",
+    "qwen-2.5": "qwen",
 }
+_MARKUP = {"qwen-2.5": ["<tool_call>", "</tool_call>"]}
+"""Tokens of its own that a family writes calls with; its tokenizer does not call them special."""
 
 
 class Golden(NamedTuple):
@@ -74,6 +79,16 @@ GOLDEN = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n«20 EUR.<|eot_id|>»",
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user",
     ),
+    "llama-3.1": Golden(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Hi!<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nPrice?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«20 EUR.<|eot_id|>»",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nBe brief.<|eot_id|>",
+    ),
     "mistral-v1": Golden(
         "<s>[INST] Hello there [/INST]«Hi!</s>» [INST] Price? [/INST]«20 EUR.</s>» ",
         "refused: roles must alternate",
@@ -89,6 +104,12 @@ GOLDEN = {
     ),
     "qwen-2": Golden(
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n«Hi!<|im_end|>»\n"
+        "<|im_start|>user\nPrice?<|im_end|>\n<|im_start|>assistant\n«20 EUR.<|im_end|>»\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello",
+    ),
+    "qwen-2.5": Golden(
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n«Hi!<|im_end|>»\n"
         "<|im_start|>user\nPrice?<|im_end|>\n<|im_start|>assistant\n«20 EUR.<|im_end|>»\n",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello",
@@ -117,6 +138,7 @@ def text_of(name: str, kind: str = "byte-level") -> ChatText:
     tokens, bos, eos = _SPECIAL[FAMILY[name]]
     tokenizer = TOKENIZERS[kind]()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*tokens, bos, eos)])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _MARKUP.get(name, [])])
     template = TEMPLATES[name]["template"]
     return ChatText(tokenizer, template, {"bos_token": bos, "eos_token": eos}, [])
 
@@ -127,10 +149,10 @@ def conversation(*contents: str, system: str = "") -> list[Message]:
     return [Message(role="system", content=system), *turns] if system else turns
 
 
-def marked(text: ChatText, messages: list[Message]) -> str:
+def marked(text: ChatText, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
     """The rendered text, with « before and » behind what is trained."""
-    example = text.encode_example(messages)
-    rendered = text.render(messages, add_generation_prompt=False)
+    example = text.encode_example(messages, tools)
+    rendered = text.render(messages, tools, add_generation_prompt=False)
     pieces, position, was_trained = [], 0, False
     for is_trained, (start, end) in zip(example.trained, example.offsets, strict=True):
         if is_trained != was_trained:

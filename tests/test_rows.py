@@ -148,6 +148,9 @@ BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (TALKS, JSONL, using(TOLD | {"tool_call_id": 5}), RowCode.CALL_UNKNOWN, "tool_call_id must be text"),
     (TALKS, JSONL, using(calls(call()), TOLD), RowCode.CALL_UNANSWERED, "messages[2]: the call of find is not"),
     (TALKS, JSONL, using(calls(call(), call()), result()), RowCode.CALL_UNANSWERED, "end before the call of find"),
+    (TALKS, JSONL, line(messages=[USER, TOLD], parallel_tool_calls=0), RowCode.FIELD_INVALID, "must be true or false"),
+    (TALKS, JSONL, line(messages=[USER, calls(call(), call())], tools=[tool()], parallel_tool_calls=False),
+     RowCode.CALL_INVALID, "a message has several calls"),
     (TALKS, JSONL, using(calls(call()), result("")), RowCode.CONTENT_EMPTY, "messages[2].content is empty"),
     (TALKS, JSONL, using(calls(call(), content=" ")), RowCode.CONTENT_EMPTY, "messages[1].content is empty"),
     (SHOP, JSONL, b"[]", RowCode.NOT_AN_OBJECT, "must be an object with the fields of a product"),
@@ -271,6 +274,8 @@ def test_calls_written_in_any_way_are_the_same_row() -> None:
     ]  # fmt: skip
     for content in [line(**wanted), *others]:
         assert read(content) == ([wanted], [])
+    single = json.loads(using(calls(call()), result(), *answer("Yes.")))
+    assert read(line(**single, parallel_tool_calls=False)) == ([single], [])
     spoken = using(calls(call(), content="Let me look.", weight=0), result(), calls(call()))
     assert read(spoken) == ([json.loads(spoken)], [])
 

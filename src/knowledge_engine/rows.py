@@ -55,15 +55,20 @@ class Conversation(_Row):
     def from_row(cls, row: Any) -> Conversation:
         """A conversation from `{"messages": [{"role", "content", "weight"?}, ...], "tools"?, "products"?}`; the
         assistant may have `tool_calls` beside its content or instead, and a message of the role `tool` has the
-        `tool_call_id` of the call that it answers.
+        `tool_call_id` of the call that it answers. `parallel_tool_calls` false says that no message has several calls.
 
         Raises:
             RowError: what is wrong with it.
         """
-        fields = _fields(row, ("messages", "tools", "products"))
+        fields = _fields(row, ("messages", "tools", "parallel_tool_calls", "products"))
         messages = _messages(fields.get("messages"), "messages")
         tools = read_tools(fields.get("tools", []))
         check_calls(messages, tools)
+        is_parallel = fields.get("parallel_tool_calls", True)
+        if not isinstance(is_parallel, bool):
+            raise RowError(RowCode.FIELD_INVALID, "parallel_tool_calls must be true or false")
+        if not is_parallel and any(len(message.tool_calls) > 1 for message in messages):
+            raise RowError(RowCode.CALL_INVALID, "parallel_tool_calls is false, but a message has several calls")
         answers = [message for message in messages if message.role == "assistant"]
         if not answers:
             raise RowError(RowCode.NOTHING_TO_LEARN, "has no assistant message, so nothing to learn from")

@@ -537,7 +537,9 @@ def _what_follows(message: Message) -> Sequence[Message]:
 def _missing(calls: Sequence[ToolCall], text: str) -> str:
     """A name or text of these calls that `text` has too seldom; empty where it has all."""
     wanted = Counter(call.name for call in calls)
-    wanted.update(words for call in calls for words in strings(json.loads(call.arguments)))
+    for arguments, number in Counter(call.arguments for call in calls).items():
+        if text.count(arguments) < number:  # written as something else than JSON
+            wanted.update(list(strings(json.loads(arguments))) * number)
     return next((words for words, number in wanted.items() if _count(words, text) < number), "")
 
 

@@ -71,6 +71,8 @@ def chat(
     }
     if top_logprobs is not None and not json:
         raise typer.BadParameter("--top-logprobs needs --json")
+    if tools is not None and message is None:
+        raise typer.BadParameter("--tools needs a question: in a conversation nobody answers the calls")
     turns = [{"role": "system", "content": system}] if system else []
     with connect(server) as client:
         if message is not None:

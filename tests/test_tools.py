@@ -71,18 +71,47 @@ def test_a_template_that_loses_what_is_said_of_tools_refuses_them(old: str, new:
     assert text.encode_example(plain).input_ids == chat_text(TOOL_TEMPLATE).encode_example(plain).input_ids
 
 
-def test_what_a_template_loses_of_one_conversation_is_named() -> None:
-    text = chat_text(TOOL_TEMPLATE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))
-    assert text.encode_example(talk("a").messages, TOOLS)
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (lambda: chat_text(TOOL_TEMPLATE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")), "leaves out"),
+        (lambda: text_of("llama-3.1"), "refuses these messages: only one call at once"),
+    ],
+    ids=["lost", "refused"],
+)
+def test_a_template_that_takes_one_call_at_once_refuses_several(text: Callable[[], ChatText], why: str) -> None:
+    chat = text()
+    assert chat.encode_example(talk("a").messages, TOOLS)
     for found in (("a", "b"), ("a", "a")):
-        with pytest.raises(InvalidSpecError, match=r"it leaves out '(find|b)', of a call in message 2") as caught:
-            text.encode_example(talk(*found).messages, TOOLS)
+        with pytest.raises(InvalidSpecError, match=f"tried with two calls in one message, it {why}") as caught:
+            chat.encode_example(talk(*found).messages, TOOLS)
         assert caught.value.reason is Reason.TOOLS_UNSUPPORTED
-    spoken = tool_talk()[1].model_copy(update={"content": "Let me look."})
-    with pytest.raises(InvalidSpecError, match="leaves out message 2, which is the assistant's"):
-        text_of("llama-3.1").encode_example([tool_talk()[0], spoken], TOOLS)
-    with pytest.raises(InvalidSpecError, match="only one call at once"):
-        text_of("llama-3.1").encode_example(talk("a", "b").messages, TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (lambda: chat_text(TOOL_TEMPLATE.replace("in m.tool_calls or []", "in m.tool_calls or [] if not m.content")),
+         "leaves out 'tried_tool', of a call"),
+        (lambda: text_of("llama-3.1"), "leaves out message 2, which is the assistant's"),
+    ],
+    ids=["call", "words"],
+)  # fmt: skip
+def test_a_template_that_takes_words_or_a_call_refuses_both(text: Callable[[], ChatText], why: str) -> None:
+    spoken = tool_talk()[1].model_copy(update={"content": "I shall find a kettle."})
+    with pytest.raises(InvalidSpecError, match=f"tried with words beside a call, it {why}") as caught:
+        text().encode_example([tool_talk()[0], spoken], TOOLS)
+    assert caught.value.reason is Reason.TOOLS_UNSUPPORTED
+    assert "«I shall find a kettle.\n<tool_call>" in marked(text_of("qwen-2.5"), [tool_talk()[0], spoken], TOOLS)
+
+
+def test_what_a_template_loses_of_one_call_is_named() -> None:
+    calls = "in ([] if m.tool_calls and m.tool_calls[0].function.name == 'buy' else m.tool_calls)"
+    text = chat_text(TOOL_TEMPLATE.replace("in m.tool_calls", calls))
+    assert text.encode_example(tool_talk(), TOOLS)
+    bought = Message(role="assistant", tool_calls=(ToolCall(name="buy", arguments="{}"),))
+    with pytest.raises(InvalidSpecError, match="it leaves out 'buy', of a call in message 2"):
+        text.encode_example([tool_talk()[0], bought], TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +168,7 @@ def test_a_token_that_ends_calls_alone_stops_an_answer() -> None:
 def test_a_control_token_that_json_would_write_otherwise_is_refused_in_tools() -> None:
     text = chat_text(TOOL_TEMPLATE.replace("<tool_call>", '<|"|>'), '<|"|>')
     assert '<|"|>' in marked(text, tool_talk(told='a <|"|>'), TOOLS)
-    with pytest.raises(InvalidSpecError, match="which steers this base's model"):
+    with pytest.raises(InvalidSpecError, match="a control token of this base that JSON"):
         text.encode_example(tool_talk('a <|"|>'), TOOLS)
 
 

@@ -43,19 +43,7 @@ _TRIED_TOOLS = (
         parameters='{"type": "object", "properties": {"tried_key": {"type": "string", "description": "Tried sense."}}}',
     ),
 )
-_TRIED_TALK = tuple(
-    message
-    for call_id in ("tried0001", "tried0002")  # the length that Mistral's templates ask for
-    for message in (
-        Message(role="user", content="Hello"),
-        Message(
-            role="assistant",
-            tool_calls=(ToolCall(id=call_id, name="tried_tool", arguments='{"tried_key": "tried value"}'),),
-        ),
-        Message(role="tool", content="tried result", tool_call_id=call_id),
-        Message(role="assistant", content="Hi"),
-    )
-)
+_TWO_CALLS, _WORDS_TOO = "two calls in one message", "words beside a call"
 
 # Private characters, which no script uses, stand in for control tokens while a template renders.
 _STAND_IN_FIRST, _STAND_IN_LAST = 0xF0000, 0x10FFFD
@@ -192,6 +180,7 @@ class ChatText:
         self._template = _compile(template)
         self._call_style: _CallStyle | None = None
         self._why_no_tools = ""
+        self._why_no_calls: dict[str, str] = {}
         self._control = {
             token.content: index
             for index, token in tokenizer.get_added_tokens_decoder().items()
@@ -217,28 +206,35 @@ class ChatText:
         self._try_tools(tokenizer)
 
     def _try_tools(self, tokenizer: Tokenizer) -> None:
-        """Finds out how the template takes tools, by which tokens it writes and ends a call; or why it takes none."""
+        """Finds out how the template takes tools, by which tokens it writes and ends a call; or why it takes none. What
+        else a call may come with is tried as well: a name or text of one that was left out may stand elsewhere."""
         for style in _CALL_STYLES:
             self._call_style = style
             try:
                 call = self._tried_call(style)
             except InvalidSpecError as error:
-                why = error.message.removeprefix(_TOOLLESS).removeprefix("it ").removeprefix(_TEMPLATE)
-                self._why_no_tools = self._why_no_tools or f"tried with one, it {why}"
+                self._why_no_tools = self._why_no_tools or _tried_with("one", error)
                 continue
             self.stop_token_ids |= {call[-1]}
-            hidden = {token: index for token, index in self._control.items() if index not in call[:-1]}
-            hidden |= {token: index for token, index in self._control.items() if index in self.stop_token_ids}
-            self.decoder = _with_control_tokens(tokenizer, hidden)
+            shown = self._control_ids.intersection(call) - self.stop_token_ids
+            self.decoder = _with_control_tokens(
+                tokenizer, {token: index for token, index in self._control.items() if index not in shown}
+            )
+            for what, talk in ((_TWO_CALLS, _tried_talk(num_calls=2)), (_WORDS_TOO, _tried_talk(words="Tried talk."))):
+                try:
+                    self.encode_example(talk, _TRIED_TOOLS)
+                except InvalidSpecError as error:
+                    self._why_no_calls[what] = _tried_with(what, error)
             return
         self._call_style = None
 
     def _tried_call(self, style: _CallStyle) -> list[int]:
         """The tokens of a turn that calls a tool. Raises InvalidSpecError."""
-        example = self.encode_example(_TRIED_TALK, _TRIED_TOOLS)
+        talk = _tried_talk()
+        example = self.encode_example(talk, _TRIED_TOOLS)
         first = example.trained.index(True)
         end = example.trained.index(False, first)
-        text = self.render(_TRIED_TALK, tools=_TRIED_TOOLS, add_generation_prompt=False)
+        text = self.render(talk, _TRIED_TOOLS, add_generation_prompt=False)
         call = text[example.offsets[first][0] : example.offsets[end - 1][1]]
         if "Tried sense." not in text:
             raise _toolless("it leaves out what a tool's parameters mean")
@@ -352,7 +348,7 @@ class ChatText:
                     "it writes the beginning of a conversation in another way once the conversation goes on, so what "
                     "was trained would not be what is asked"
                 )
-            if missing := _missing(message.tool_calls, through[len(before) : end]):
+            if missing := _missing(message, through[len(before) : end]):
                 raise _toolless(f"it leaves out {missing!r}, of a call in message {index + 1}")
             turns.append((len(before), end))
         return turns
@@ -373,6 +369,10 @@ class ChatText:
             raise InvalidSpecError(str(error)) from None
         if tools and self._call_style is None:
             raise _toolless(self._why_no_tools)
+        for message in messages:
+            what = {_TWO_CALLS: len(message.tool_calls) > 1, _WORDS_TOO: message.tool_calls and message.content}
+            if why := next((why for name, why in self._why_no_calls.items() if what[name]), ""):
+                raise _toolless(why)
         stand_ins = _StandIns(self._protected)
         hidden = [self._hidden(item, answered.get(index), stand_ins) for index, item in enumerate(messages)]
         shown = [stand_ins.hide_all(tool_to_row(tool)) for tool in tools]
@@ -502,7 +502,10 @@ class _StandIns:
         if isinstance(value, str):
             for match in self._protected.finditer(value):
                 if _json(match[0]) != match[0]:
-                    raise InvalidSpecError(f"a tool, call or result holds {match[0]!r}, which steers this base's model")
+                    raise InvalidSpecError(
+                        f"a tool, call or result holds {match[0]!r}, a control token of this base that JSON has to "
+                        "write in another way"
+                    )
             return self.hide(value)
         if isinstance(value, Mapping):
             return {self.hide_all(key): self.hide_all(item) for key, item in value.items()}
@@ -534,10 +537,11 @@ def _what_follows(message: Message) -> Sequence[Message]:
     return results or [_GOING_ON]
 
 
-def _missing(calls: Sequence[ToolCall], text: str) -> str:
-    """A name or text of these calls that `text` has too seldom; empty where it has all."""
-    wanted = Counter(call.name for call in calls)
-    for arguments, number in Counter(call.arguments for call in calls).items():
+def _missing(message: Message, turn: str) -> str:
+    """A name or text of the message's calls that its turn has too seldom, beside its words; empty where it has all."""
+    text = turn.replace(message.content.strip(), "", 1)
+    wanted = Counter(call.name for call in message.tool_calls)
+    for arguments, number in Counter(call.arguments for call in message.tool_calls).items():
         if text.count(arguments) < number:  # written as something else than JSON
             wanted.update(list(strings(json.loads(arguments))) * number)
     return next((words for words, number in wanted.items() if _count(words, text) < number), "")
@@ -747,6 +751,30 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _refused(why: str) -> InvalidSpecError:
     return InvalidSpecError(f"{_TEMPLATE}cannot be used: {why}", reason=Reason.CHAT_TEMPLATE_REFUSED)
+
+
+def _tried_talk(num_calls: int = 1, words: str = "") -> list[Message]:
+    """Two questions that are answered with calls, each with an id of the length that Mistral's templates ask for."""
+    talk: list[Message] = []
+    for question in range(2):
+        calls = [
+            ToolCall(
+                id=f"tried{question}{call:03}", name="tried_tool", arguments=f'{{"tried_key": "tried value {call}"}}'
+            )
+            for call in range(num_calls)
+        ]
+        talk += [
+            Message(role="user", content="Hello"),
+            Message(role="assistant", content=words, tool_calls=tuple(calls)),
+            *(Message(role="tool", content=f"tried result {call.id}", tool_call_id=call.id) for call in calls),
+            Message(role="assistant", content="Hi"),
+        ]
+    return talk
+
+
+def _tried_with(what: str, error: InvalidSpecError) -> str:
+    why = error.message.removeprefix(_TOOLLESS).removeprefix("it ").removeprefix(_TEMPLATE)
+    return f"tried with {what}, it {why}"
 
 
 def _toolless(why: str) -> InvalidSpecError:

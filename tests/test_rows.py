@@ -276,6 +276,11 @@ def test_calls_written_in_any_way_are_the_same_row() -> None:
         assert read(content) == ([wanted], [])
     single = json.loads(using(calls(call()), result(), *answer("Yes.")))
     assert read(line(**single, parallel_tool_calls=False)) == ([single], [])
+    empty = {"content": None, "tool_calls": None, "tool_call_id": None}
+    padded = [empty | message for message in single["messages"]]
+    assert read(line(messages=padded, tools=single["tools"], parallel_tool_calls=None)) == ([single], [])
+    plain = {"messages": said("x", "y")}
+    assert read(line(messages=[empty | message for message in plain["messages"]], tools=None)) == ([plain], [])
     spoken = using(calls(call(), content="Let me look.", weight=0), result(), calls(call()))
     assert read(spoken) == ([json.loads(spoken)], [])
 

@@ -63,7 +63,7 @@ from knowledge_engine.core import (
 )
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.settings import is_loopback, split_address
-from knowledge_engine.tools import read_calls, read_tools
+from knowledge_engine.tools import read_calls, read_tools, tool_to_row
 from knowledge_engine.v1 import (
     datasets_pb2,
     datasets_pb2_grpc,
@@ -494,7 +494,7 @@ def _generation_input(model: str, messages: Messages, options: Mapping[str, Any]
     if isinstance(schema := values.get("json_schema"), Mapping):
         values["json_schema"] = json.dumps(schema)
     try:
-        values["tools"] = [_tool(tool, f"tools[{at}]") for at, tool in enumerate(values.pop("tools", ()))]
+        values["tools"] = _tools(values.pop("tools", ()))
         return inference_pb2.GenerationInput(
             model=model_resource(model),
             messages=[_message(turn, f"messages[{at}]") for at, turn in enumerate(turns)],
@@ -515,7 +515,7 @@ def _message(turn: Message | Mapping[str, Any], where: str) -> inference_pb2.Mes
     return inference_pb2.Message(role=role, content=content, tool_calls=made, tool_call_id=call_id)
 
 
-def _tool(tool: Tool | Mapping[str, Any], where: str) -> inference_pb2.Tool:
+def _tools(tools: Iterable[Tool | Mapping[str, Any]]) -> list[inference_pb2.Tool]:
     """Raises ValueError."""
-    read = tool if isinstance(tool, Tool) else read_tools([tool], where)[0]
-    return inference_pb2.Tool(**read.model_dump())
+    rows = [tool_to_row(tool) if isinstance(tool, Tool) else tool for tool in tools]
+    return [inference_pb2.Tool(**tool.model_dump()) for tool in read_tools(rows)]

@@ -62,12 +62,12 @@ class Conversation(_Row):
         """
         fields = _fields(row, ("messages", "tools", "parallel_tool_calls", "products"))
         messages = _messages(fields.get("messages"), "messages")
-        tools = read_tools(fields.get("tools", []))
+        tools = _tools(fields)
         check_calls(messages, tools)
-        is_parallel = fields.get("parallel_tool_calls", True)
-        if not isinstance(is_parallel, bool):
+        is_parallel = fields.get("parallel_tool_calls")
+        if is_parallel is not None and not isinstance(is_parallel, bool):
             raise RowError(RowCode.FIELD_INVALID, "parallel_tool_calls must be true or false")
-        if not is_parallel and any(len(message.tool_calls) > 1 for message in messages):
+        if is_parallel is False and any(len(message.tool_calls) > 1 for message in messages):
             raise RowError(RowCode.CALL_INVALID, "parallel_tool_calls is false, but a message has several calls")
         answers = [message for message in messages if message.role == "assistant"]
         if not answers:
@@ -138,7 +138,7 @@ class Preference(_Row):
             raise RowError(RowCode.WEIGHT_INVALID, "weight is for conversations; here both answers are compared whole")
         if sides[0] == sides[1]:
             raise RowError(RowCode.ANSWERS_EQUAL, "chosen and rejected are the same, so nothing is preferred")
-        tools = read_tools(fields.get("tools", []))
+        tools = _tools(fields)
         for field, side in zip(("chosen", "rejected"), sides, strict=True):
             check_calls([*prompt, *side], tools, f"prompt and {field}")
         products = _products(fields.get("products", []))
@@ -342,7 +342,7 @@ def _message(item: Any, where: str, position: int) -> Message:
     if role == "system" and position:
         raise RowError(RowCode.SYSTEM_NOT_FIRST, f"{where}: only the first message may be a system message")
     calls = () if item.get("tool_calls") is None else read_calls(item["tool_calls"], f"{where}.tool_calls")
-    call_id = item.get("tool_call_id", "")
+    call_id = "" if item.get("tool_call_id") is None else item["tool_call_id"]
     if not isinstance(call_id, str):
         raise RowError(RowCode.CALL_UNKNOWN, f"{where}.tool_call_id must be text")
     has_words = not calls or content not in (None, "")
@@ -384,6 +384,10 @@ def _shown(row: Conversation | Preference) -> dict[str, Any]:
 
 def _goes_on_with_a_result(sides: Sequence[Sequence[Message]], position: int) -> bool:
     return any(message.role == "tool" for side in sides for message in side[position : position + 1])
+
+
+def _tools(fields: Mapping[str, Any]) -> tuple[Tool, ...]:
+    return () if fields.get("tools") is None else read_tools(fields["tools"])
 
 
 def _products(items: Any) -> tuple[Product, ...]:

@@ -274,12 +274,17 @@ def test_tools_and_calls_arrive_in_one_form() -> None:
             "input.messages[2].content",
         ),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]}, "input.messages[0]"),
+        (
+            {"messages": asked_with({"name": "a", "arguments": f'{{"{"k" * 9000}": 1, "{"k" * 9000}": 2}}'})},
+            "input.messages[1].tool_calls[0]",
+        ),
     ],
 )
 def test_a_bad_question_names_the_field(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSpecError) as caught:
         convert.generation_input(ask(**changes))
     assert [violation.field for violation in caught.value.violations] == [field]
+    assert len(caught.value.message) < 400  # it travels in a trailer
 
 
 def test_context_arrives_with_whole_numbers_whole() -> None:

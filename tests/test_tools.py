@@ -282,11 +282,14 @@ async def test_a_base_without_tools_refuses_to_learn_and_to_answer(make_settings
     assert failures[0].message.startswith("row 1: the base's chat template does not take tools")
 
 
+SERVED_TEMPLATE = TOOL_TEMPLATE.replace("<tool_call>", "<|endoftext|>")
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A whole service on a base whose template takes tools."""
+    """A whole service on a base whose template takes tools, and writes calls with a control token."""
     base = build_tiny_base(tmp_path_factory.mktemp("base"))
-    (base / "chat_template.jinja").write_text(TOOL_TEMPLATE, encoding="utf-8")
+    (base / "chat_template.jinja").write_text(SERVED_TEMPLATE, encoding="utf-8")
     running = start(tmp_path_factory.mktemp("service"), base)
     try:
         yield running
@@ -295,8 +298,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def test_what_was_trained_with_tools_can_be_asked_with_them_over_every_face(service: Service) -> None:
-    text = chat_text(TOOL_TEMPLATE)
-    prompts = [len(text.encode_prompt(tool_talk()[:turn], [FIND])) for turn in (1, 3)]
+    text = chat_text(SERVED_TEMPLATE)
     with Client(service.grpc_address) as client:
         client.upload_dataset("calls", rows(8))
         spec = TrainingSpec(dataset="calls", model="shop", use_qlora=False, max_steps=1, eval_split=0)
@@ -326,3 +328,14 @@ def test_what_was_trained_with_tools_can_be_asked_with_them_over_every_face(serv
         assert unlike.json()["response"] == answers[1].text
         bare = http.post("/api/v1/models/shop/inference", json=body | {"tools": []})
         assert (bare.status_code, bare.json()["violations"][0]["field"]) == (400, "input.messages[1]")
+
+
+def test_an_answer_shows_the_control_tokens_of_calls_and_no_others(service: Service) -> None:
+    with Client(service.grpc_address) as client:
+        wait_until(lambda: client.health()[""] == "SERVING", 150)
+        answer = client.generate("base", "Hi", temperature=2, top_p=1, n=8, seed=1, max_tokens=300, logprobs=True)
+    said = [(choice.text, {token.token_id for token in choice.logprobs}) for choice in answer.choices]
+    assert any("<|endoftext|>" in text for text, _ in said)
+    assert all(("<|endoftext|>" in text) is (0 in tokens) for text, tokens in said)
+    assert any({1, 2} & tokens for _, tokens in said)
+    assert not any("<|im_" in text for text, _ in said)

@@ -641,7 +641,7 @@ class Message(_Frozen):
 
     role: Literal["system", "user", "assistant", "tool"]
     tool_calls: tuple[ToolCall, ...] = Field(default=(), max_length=MAX_TOOLS, exclude_if=operator.not_)
-    tool_call_id: str = Field(default="", max_length=256, exclude_if=operator.not_)
+    tool_call_id: str = Field(default="", exclude_if=operator.not_)
     content: str = Field(default="", validate_default=True)
 
     @field_validator("content")

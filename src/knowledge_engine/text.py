@@ -349,7 +349,7 @@ class ChatText:
                     "was trained would not be what is asked"
                 )
             if missing := _missing(message, through[len(before) : end]):
-                raise _toolless(f"it leaves out {missing!r}, of a call in message {index + 1}")
+                raise _toolless(f"it leaves out {missing[:60]!r}, of a call in message {index + 1}")
             turns.append((len(before), end))
         return turns
 

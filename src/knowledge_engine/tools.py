@@ -147,7 +147,7 @@ def _answered(message: Message, pending: Sequence[ToolCall], where: str) -> Tool
         raise RowError(RowCode.CALL_UNKNOWN, f"{where} answers no call of the assistant's message before")
     if call := next((call for call in pending if call.id == message.tool_call_id), None):
         return call
-    wanted = " or ".join(call.id for call in pending) or "absent, as the calls have no id"
+    wanted = f"that of an open call, such as {pending[0].id[:60]}" if pending[0].id else "absent, as calls have no id"
     raise RowError(RowCode.CALL_UNKNOWN, f"{where}.tool_call_id must be {wanted}")
 
 
@@ -214,7 +214,7 @@ def _object(value: Any, where: str, code: RowCode) -> str:
         try:
             value = parse_json(value)
         except ValueError as error:
-            raise RowError(code, f"{where} must be the JSON text of an object: {error}") from None
+            raise RowError(code, f"{where} must be the JSON text of an object: {str(error)[:200]}") from None
     if not isinstance(value, Mapping):
         raise RowError(code, f"{where} must be an object, or its JSON text")
     return json.dumps(_plain(value, where, code, MAX_DEPTH), ensure_ascii=False)

@@ -146,6 +146,8 @@ BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (TALKS, JSONL, using(TOLD, result()), RowCode.CALL_UNKNOWN, "messages[2] answers no call"),
     (TALKS, JSONL, using(TOLD | {"tool_call_id": "a"}), RowCode.CALL_UNKNOWN, "only a message of the role tool"),
     (TALKS, JSONL, using(TOLD | {"tool_call_id": 5}), RowCode.CALL_UNKNOWN, "tool_call_id must be text"),
+    (TALKS, JSONL, using(calls(call()), result(name="buy")), RowCode.CALL_UNKNOWN, "has the name 'buy', and answers"),
+    (TALKS, JSONL, using(TOLD, tools="["), RowCode.TOOL_INVALID, "tools must be a list, or its JSON text"),
     (TALKS, JSONL, using(calls(call()), TOLD), RowCode.CALL_UNANSWERED, "messages[2]: the call of find is not"),
     (TALKS, JSONL, using(calls(call(), call()), result()), RowCode.CALL_UNANSWERED, "end before the call of find"),
     (TALKS, JSONL, line(messages=[USER, TOLD], parallel_tool_calls=0), RowCode.FIELD_INVALID, "must be true or false"),
@@ -276,6 +278,8 @@ def test_calls_written_in_any_way_are_the_same_row() -> None:
         assert read(content) == ([wanted], [])
     single = json.loads(using(calls(call()), result(), *answer("Yes.")))
     assert read(line(**single, parallel_tool_calls=False)) == ([single], [])
+    named = [{**message, "name": "find"} if message["role"] == "tool" else message for message in single["messages"]]
+    assert read(line(messages=named, tools=json.dumps(single["tools"]))) == ([single], [])
     empty = {"content": None, "tool_calls": None, "tool_call_id": None}
     padded = [empty | message for message in single["messages"]]
     assert read(line(messages=padded, tools=single["tools"], parallel_tool_calls=None)) == ([single], [])
@@ -291,6 +295,8 @@ def test_a_preference_may_call_tools() -> None:
     ((row,), violations) = read(line(**sides, tools=[tool()]), BETTER)
     assert (violations, row["prompt"], row["tools"]) == ([], shared[:1], [tool()])
     assert read(json.dumps(row).encode(), BETTER)[0] == [row]
+    wrong = {side: [*shared, result(side, name="buy"), *answer(side)] for side in ("chosen", "rejected")}
+    assert read(line(**wrong, tools=[tool()]), BETTER)[1][0].reason == RowCode.CALL_UNKNOWN
     ended = {"prompt": [*shared, result("b")], "chosen": [calls(call())], "rejected": answer("No.")}
     assert read(line(**ended, tools=[tool()]), BETTER) == ([ended | {"tools": [tool()]}], [])
     chosen, rejected = Preference.from_row(ended | {"tools": [tool()]}).sides

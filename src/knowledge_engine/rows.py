@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from knowledge_engine.catalogue import Product, check_header, parse_json, parse_json_at
-from knowledge_engine.core import MAX_MESSAGES, DatasetFormat, DatasetKind, Message, Tool, Turn
+from knowledge_engine.core import MAX_MESSAGES, DatasetFormat, DatasetKind, Message, Tool, ToolCall, Turn
 from knowledge_engine.errors import InvalidSpecError, Reason, RowCode, RowError, Violation
 from knowledge_engine.tools import call_to_row, check_calls, check_text, read_calls, read_tools, tool_to_row
 
@@ -55,7 +55,8 @@ class Conversation(_Row):
     def from_row(cls, row: Any) -> Conversation:
         """A conversation from `{"messages": [{"role", "content", "weight"?}, ...], "tools"?, "products"?}`; the
         assistant may have `tool_calls` beside its content or instead, and a message of the role `tool` has the
-        `tool_call_id` of the call that it answers. `parallel_tool_calls` false says that no message has several calls.
+        `tool_call_id` of the call that it answers, or as TRL has it the `name` of its tool. `parallel_tool_calls` false
+        says that no message has several calls.
 
         Raises:
             RowError: what is wrong with it.
@@ -63,7 +64,7 @@ class Conversation(_Row):
         fields = _fields(row, ("messages", "tools", "parallel_tool_calls", "products"))
         messages = _messages(fields.get("messages"), "messages")
         tools = _tools(fields)
-        check_calls(messages, tools)
+        _check_names(fields["messages"], check_calls(messages, tools))
         is_parallel = fields.get("parallel_tool_calls")
         if is_parallel is not None and not isinstance(is_parallel, bool):
             raise RowError(RowCode.FIELD_INVALID, "parallel_tool_calls must be true or false")
@@ -140,7 +141,8 @@ class Preference(_Row):
             raise RowError(RowCode.ANSWERS_EQUAL, "chosen and rejected are the same, so nothing is preferred")
         tools = _tools(fields)
         for field, side in zip(("chosen", "rejected"), sides, strict=True):
-            check_calls([*prompt, *side], tools, f"prompt and {field}")
+            answered = check_calls([*prompt, *side], tools, f"prompt and {field}")
+            _check_names([*(fields.get("prompt") or ()), *fields[field]], answered)
         products = _products(fields.get("products", []))
         chosen, rejected = map(tuple, sides)
         return cls(prompt=tuple(prompt), chosen=chosen, rejected=rejected, tools=tools, products=products)
@@ -335,8 +337,9 @@ def _messages(items: Any, field: str) -> tuple[Message, ...]:
 def _message(item: Any, where: str, position: int) -> Message:
     if not isinstance(item, dict):
         raise RowError(RowCode.FIELD_INVALID, f"{where} must be an object with role and content")
-    _demand_known(item, ("role", "content", "weight", "tool_calls", "tool_call_id"), f"{where} has ")
     role, content = item.get("role"), item.get("content")
+    named = ("name",) if role == "tool" else ()
+    _demand_known(item, ("role", "content", "weight", "tool_calls", "tool_call_id", *named), f"{where} has ")
     if role not in _ROLES:
         raise RowError(RowCode.ROLE_UNKNOWN, f"{where}.role must be one of {', '.join(_ROLES)}")
     if role == "system" and position:
@@ -387,7 +390,21 @@ def _goes_on_with_a_result(sides: Sequence[Sequence[Message]], position: int) ->
 
 
 def _tools(fields: Mapping[str, Any]) -> tuple[Tool, ...]:
-    return () if fields.get("tools") is None else read_tools(fields["tools"])
+    """From a list, or as TRL takes it too, from its JSON text."""
+    tools = fields.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools)
+        except ValueError as error:
+            raise RowError(RowCode.TOOL_INVALID, f"tools must be a list, or its JSON text: {error}") from None
+    return () if tools is None else read_tools(tools)
+
+
+def _check_names(items: Sequence[Any], answered: Mapping[int, ToolCall]) -> None:
+    """The names that results have beside their calls'; they say nothing that is not known, and are left out."""
+    for position, call in answered.items():
+        if (name := items[position].get("name")) not in (None, call.name):
+            raise RowError(RowCode.CALL_UNKNOWN, f"a result has the name {name!r}, and answers the call of {call.name}")
 
 
 def _products(items: Any) -> tuple[Product, ...]:

@@ -33,7 +33,8 @@ class _DatasetKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DatasetKi
     """Chat JSONL: one `{"messages": [{"role", "content", "weight"}, ...], "products"}` a line. `weight` 0 on a message of
     the assistant shows it and learns nothing from it; `products` are the rows of a catalogue that the prompt shows.
     With tools as OpenAI's fine-tuning has them: `tools` in the row, `tool_calls` on messages of the assistant, whose
-    content may then be missing, and their results in the role `tool`, with `tool_call_id` where the calls have an `id`.
+    content may then be missing, and their results in the role `tool`, with `tool_call_id` where the calls have an `id`,
+    else in the calls' order. TRL's layout is taken as well: arguments as an object, `name` on a result, `tools` as text.
     `parallel_tool_calls` false refuses a message with several calls.
     """
     DATASET_KIND_CATALOGUE: _DatasetKind.ValueType  # 2
@@ -54,7 +55,8 @@ DATASET_KIND_CONVERSATIONS: DatasetKind.ValueType  # 1
 """Chat JSONL: one `{"messages": [{"role", "content", "weight"}, ...], "products"}` a line. `weight` 0 on a message of
 the assistant shows it and learns nothing from it; `products` are the rows of a catalogue that the prompt shows.
 With tools as OpenAI's fine-tuning has them: `tools` in the row, `tool_calls` on messages of the assistant, whose
-content may then be missing, and their results in the role `tool`, with `tool_call_id` where the calls have an `id`.
+content may then be missing, and their results in the role `tool`, with `tool_call_id` where the calls have an `id`,
+else in the calls' order. TRL's layout is taken as well: arguments as an object, `name` on a result, `tools` as text.
 `parallel_tool_calls` false refuses a message with several calls.
 """
 DATASET_KIND_CATALOGUE: DatasetKind.ValueType  # 2

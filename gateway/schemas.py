@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from knowledge_engine.core import ServiceState
 
@@ -128,17 +128,72 @@ class GenerateDataRequest(Strict):
     )
 
 
+class ToolFunction(Strict):
+    """What a tool is, and takes."""
+
+    name: ResourceId = Field(description="1 to 64 letters, digits, underscores or hyphens; no two alike.")
+    description: str | None = Field(None, description="What it does.")
+    parameters: dict[str, Any] | None = Field(
+        None, description="The JSON schema of its arguments; null where it takes none."
+    )
+
+
+class Tool(Strict):
+    """A function that the assistant may call, as OpenAI has it."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class CalledFunction(Strict):
+    """The function that is called, and with what."""
+
+    name: ResourceId = Field(description="One of the tools.")
+    arguments: str | dict[str, Any] = Field(description="An object, or its JSON text.")
+
+
+class ToolCall(Strict):
+    """A call of a tool."""
+
+    id: str | None = Field(None, max_length=256, description="By which its result names it.")
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"] = Field(description="Who speaks; `system` only first.")
-    content: str = Field(min_length=1, description="The text.")
+    role: Literal["system", "user", "assistant", "tool"] = Field(
+        description="Who speaks; `system` only first, `tool` for what a call gave."
+    )
+    tool_calls: list[ToolCall] | None = Field(None, max_length=128, description="What the assistant called.")
+    tool_call_id: str | None = Field(
+        None, max_length=256, description="The call that a `tool` message answers; absent where calls have no id."
+    )
+    content: str | None = Field(
+        None, description="The text; only beside `tool_calls` null or empty.", validate_default=True
+    )
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: str | None, info: ValidationInfo) -> str | None:
+        if not content and not info.data.get("tool_calls"):
+            raise ValueError("must not be empty")
+        return content
 
 
 class InferenceRequest(Strict):
     """A conversation to go on with."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=200, description="The last one is the user's.")
+    messages: list[ChatMessage] = Field(
+        min_length=1, max_length=200, description="The last one is the user's, or a tool's result."
+    )
+    tools: list[Tool] = Field(
+        [],
+        max_length=128,
+        description="What the assistant may call. A call comes as text, the way the base's chat template writes it; "
+        "to go on, send it back as `tool_calls`. A base whose template does not take tools refuses them.",
+    )
     max_tokens: int = Field(
         500, ge=1, le=2000, description="Most tokens to produce; when absent, what is left of the context if less."
     )

@@ -61,16 +61,44 @@ def generation_spec(body: schemas.GenerateDataRequest) -> generation_pb2.Generat
 def generation_input(model_id: str, body: schemas.InferenceRequest) -> inference_pb2.GenerationInput:
     """Raises ProblemError: 422 for a context that a Struct cannot hold exactly."""
     values = body.model_dump(
-        exclude={"messages", "context", "json_schema", "stream"}, exclude_unset=True, exclude_none=True
+        exclude={"messages", "tools", "context", "json_schema", "stream"}, exclude_unset=True, exclude_none=True
     )
     if body.json_schema is not None:
-        values["json_schema"] = json.dumps(body.json_schema)
+        values["json_schema"] = _text(body.json_schema)
     return inference_pb2.GenerationInput(
         model=model_name(model_id),
-        messages=[inference_pb2.Message(role=item.role, content=item.content) for item in body.messages],
+        messages=map(_message, body.messages),
+        tools=[
+            inference_pb2.Tool(
+                name=tool.function.name,
+                description=tool.function.description or "",
+                parameters=_text(tool.function.parameters) if tool.function.parameters is not None else "",
+            )
+            for tool in body.tools
+        ],
         context=_struct(body.context) if body.context is not None else None,
         **values,
     )
+
+
+def _message(item: schemas.ChatMessage) -> inference_pb2.Message:
+    calls = [
+        inference_pb2.ToolCall(
+            id=call.id or "",
+            name=call.function.name,
+            arguments=call.function.arguments
+            if isinstance(call.function.arguments, str)
+            else _text(call.function.arguments),
+        )
+        for call in item.tool_calls or ()
+    ]
+    return inference_pb2.Message(
+        role=item.role, content=item.content or "", tool_calls=calls, tool_call_id=item.tool_call_id or ""
+    )
+
+
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def upload_metadata(name: str, kind: str, format_: str) -> datasets_pb2.UploadDatasetMetadata:

@@ -157,7 +157,7 @@ def _ours(model: Any, base: Any, folder: Path, settings: Any, task: dict[str, An
     served = serving_model(model, base, task["precision"], settings, lambda detail: None)
     grammars = Grammars(text.tokenizer, served.vocabulary_size, text.stop_token_ids)
     scheduler = Scheduler(
-        served, text.tokenizer, grammars, base.context_length, max(LEVELS), EngineMetrics()
+        served, text.decoder, grammars, base.context_length, max(LEVELS), EngineMetrics()
     )  # fmt: skip
     adapters = [Adapter(f"sha256:{number}", folder / str(number)) for number in range(NUM_ADAPTERS)]
     numbers = itertools.count()

@@ -485,6 +485,14 @@ def test_chat_streams_pieces_and_then_the_facts(tmp_path: Path) -> None:
     context.write_text("[1]")
     assert "one JSON object" in call(*words, "--context", str(context), code=2).stderr
     assert "input.temperature" in call("chat", "base", "hello", "--temperature", "3", code=3).stderr
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"type": "function", "function": {"name": "find"}}]))
+    assert "TOOLS_UNSUPPORTED" in call(*words, "--tools", str(tools), code=3).stderr
+    assert "needs a question" in call("chat", "base", "--tools", str(tools), code=2).stderr
+    tools.write_text("[5]")
+    assert "tools[0]" in call(*words, "--tools", str(tools), code=3).stderr
+    tools.write_text("{}")
+    assert "one JSON list" in call(*words, "--tools", str(tools), code=2).stderr
 
 
 def test_interrupting_a_watch_leaves_the_job_running(service: Service, catalogue: str) -> None:

@@ -196,6 +196,25 @@ def ask(**changes: Any) -> inference_pb2.GenerationInput:
     return json_format.ParseDict(given, inference_pb2.GenerationInput())
 
 
+CALL = {"name": "a", "arguments": '{"b":1}'}
+
+
+def asked_with(*calls: dict[str, str]) -> list[dict[str, Any]]:
+    called = {"role": "assistant", "tool_calls": list(calls)}
+    return [{"role": "user", "content": "hi"}, called, {"role": "tool", "content": "x"}]
+
+
+def test_tools_and_calls_arrive_in_one_form() -> None:
+    tools = [{"name": "a", "description": "Does.", "parameters": '{"z": 1.50,\n"b": ["ü"]}'}, {"name": "c"}]
+    asked = convert.generation_input(ask(messages=asked_with(CALL), tools=tools))
+    assert asked.tools == (
+        core.Tool(name="a", description="Does.", parameters='{"z": 1.5, "b": ["ü"]}'),
+        core.Tool(name="c"),
+    )
+    assert asked.messages[1].tool_calls == (core.ToolCall(name="a", arguments='{"b": 1}'),)
+    assert (asked.messages[1].content, asked.messages[2].role) == ("", "tool")
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -229,12 +248,43 @@ def ask(**changes: Any) -> inference_pb2.GenerationInput:
         ({"n": 2, "temperature": 0}, "input"),
         ({"top_logprobs": 1}, "input"),
         ({"top_logprobs": 21, "logprobs": True}, "input.top_logprobs"),
+        ({"tools": [{"name": "a b"}]}, "input.tools[0]"),
+        ({"tools": [{"name": "a", "parameters": "[]"}]}, "input.tools[0]"),
+        ({"tools": [{"name": "a"}] * 2}, "input.tools"),
+        ({"tools": [{"name": f"a{at}"} for at in range(129)]}, "input.tools"),
+        ({"messages": asked_with({"name": "b", "arguments": "{}"}), "tools": [{"name": "a"}]}, "input.messages[1]"),
+        ({"messages": asked_with({"name": "a", "arguments": "{}"})}, "input.messages[1]"),
+        ({"messages": asked_with({"name": "a"}), "tools": [{"name": "a"}]}, "input.messages[1].tool_calls[0]"),
+        ({"messages": asked_with(*[{"name": "a", "arguments": "{}"}] * 129)}, "input.messages[1].tool_calls"),
+        ({"messages": asked_with(CALL)[:2], "tools": [{"name": "a"}]}, "input"),
+        ({"messages": asked_with(CALL, CALL), "tools": [{"name": "a"}]}, "input.messages"),
+        (
+            {"messages": [*asked_with(CALL), {"role": "tool", "content": "x"}], "tools": [{"name": "a"}]},
+            "input.messages[3]",
+        ),
+        (
+            {
+                "messages": [*asked_with(CALL)[:2], {"role": "tool", "content": "x", "tool_call_id": "y"}],
+                "tools": [{"name": "a"}],
+            },
+            "input.messages[2].tool_call_id",
+        ),
+        (
+            {"messages": [*asked_with(CALL)[:2], {"role": "tool"}], "tools": [{"name": "a"}]},
+            "input.messages[2].content",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]}, "input.messages[0]"),
+        (
+            {"messages": asked_with({"name": "a", "arguments": f'{{"{"k" * 9000}": 1, "{"k" * 9000}": 2}}'})},
+            "input.messages[1].tool_calls[0]",
+        ),
     ],
 )
 def test_a_bad_question_names_the_field(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSpecError) as caught:
         convert.generation_input(ask(**changes))
     assert [violation.field for violation in caught.value.violations] == [field]
+    assert len(caught.value.message) < 400  # it travels in a trailer
 
 
 def test_context_arrives_with_whole_numbers_whole() -> None:

@@ -299,11 +299,30 @@ async def test_inference_passes_every_field_on(server: ScriptedServer, client: h
     settings |= {"min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": -1, "frequency_penalty": 2, "regex": "x"}
     settings |= {"n": 1, "logprobs": True, "top_logprobs": 3}
     context = {"products": products, "criteria": "cheap", "n": 2**53}
-    answer = await client.post("/api/v1/models/base/inference", json=ASK | settings | {"context": context})
+    function = {"name": "find", "description": "Finds.", "parameters": {"z": 1.5, "a": "ü"}}
+    call = {"id": "x", "type": "function", "function": {"name": "find", "arguments": '{"b":1}'}}
+    messages = [
+        *ASK["messages"],
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [call, call | {"function": {"name": "f", "arguments": {"c": "ü"}}}],
+        },
+        {"role": "tool", "tool_call_id": "x", "content": "20 EUR"},
+    ]
+    body = settings | {"context": context, "messages": messages, "tools": [{"type": "function", "function": function}]}
+    answer = await client.post("/api/v1/models/base/inference", json=body)
     assert answer.status_code == 200
     given = sent(server)["input"]
     assert given.pop("context") == context
-    assert given == settings | {"messages": ASK["messages"], "model": "base", "seed": str(2**63 - 1)}
+    assert given.pop("tools") == [function | {"parameters": '{"z": 1.5, "a": "ü"}'}]
+    made = {"id": "x", "name": "find", "arguments": '{"b":1}'}
+    assert given.pop("messages") == [
+        ASK["messages"][0],
+        {"role": "assistant", "tool_calls": [made, made | {"name": "f", "arguments": '{"c": "ü"}'}]},
+        {"role": "tool", "content": "20 EUR", "tool_call_id": "x"},
+    ]
+    assert given == settings | {"model": "base", "seed": str(2**63 - 1)}
     assert answer.json() == {
         "response": "This one.",
         "model_used": "base",
@@ -362,6 +381,10 @@ async def test_inference_passes_every_field_on(server: ScriptedServer, client: h
         ("/models/base/inference", {"messages": [{"role": "user", "content": ""}]}, "messages.0.content"),
         ("/models/base/inference", {"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name"),
         ("/models/base/inference", {"messages": ASK["messages"] * 201}, "messages"),
+        ("/models/base/inference", {"messages": [{"role": "user"}]}, "messages.0.content"),
+        ("/models/base/inference", {"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.content"),
+        ("/models/base/inference", ASK | {"tools": [{"type": "function"}]}, "tools.0.function"),
+        ("/models/base/inference", ASK | {"tools": [{"function": {"name": "f"}}]}, "tools.0.type"),
         ("/models/base/inference", ASK | {"max_tokens": 0}, "max_tokens"),
         ("/models/base/inference", ASK | {"max_tokens": 2001}, "max_tokens"),
         ("/models/base/inference", ASK | {"temperature": 2.1}, "temperature"),

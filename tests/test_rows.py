@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from knowledge_engine.cli import app
 from knowledge_engine.core import DatasetFormat, DatasetKind
-from knowledge_engine.errors import Violation
-from knowledge_engine.rows import MAX_LINE_BYTES, RowCode, Rows
+from knowledge_engine.errors import RowCode, Violation
+from knowledge_engine.rows import MAX_LINE_BYTES, Preference, Rows
 
 TALKS, SHOP, BETTER = DatasetKind.CONVERSATIONS, DatasetKind.CATALOGUE, DatasetKind.PREFERENCES
 JSONL, CSV, SHAREGPT, ALPACA = DatasetFormat
@@ -47,6 +47,33 @@ def read(
     return list(rows), rows.violations
 
 
+def tool(name: str = "find", **function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name} | function}
+
+
+def call(name: str = "find", arguments: Any = '{"word": "kettle"}', **extra: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}} | extra
+
+
+def calls(*made: Any, **extra: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": list(made)} | extra
+
+
+def result(text: str = "20 EUR", **extra: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": text} | extra
+
+
+def using(*items: Any, tools: Any = None) -> bytes:
+    return line(messages=[{"role": "user", "content": "x"}, *items], tools=[tool()] if tools is None else tools)
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
 USER, TOLD = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
 BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (TALKS, JSONL, b"x" * (MAX_LINE_BYTES + 1), RowCode.LINE_TOO_LONG, f"longer than {MAX_LINE_BYTES} bytes"),
@@ -65,10 +92,10 @@ BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (TALKS, JSONL, messages({"role": "user", "content": 5}), RowCode.FIELD_INVALID, "content must be text"),
     (TALKS, JSONL, messages(USER | {"name": "z"}, TOLD), RowCode.FIELD_UNKNOWN, "unknown field 'name'"),
     (TALKS, JSONL, line(messages=[USER, TOLD], split="train"), RowCode.FIELD_UNKNOWN, "unknown field 'split'"),
-    (TALKS, JSONL, line(messages=[USER, TOLD], tools=[]), RowCode.TOOLS_UNSUPPORTED, "neither trained nor served"),
-    (TALKS, JSONL, messages(USER, TOLD | {"tool_calls": []}), RowCode.TOOLS_UNSUPPORTED, "tool_calls"),
+    (TALKS, JSONL, line(messages=[USER, TOLD], functions=[]), RowCode.TOOLS_UNSUPPORTED, "write tools and tool_calls"),
+    (TALKS, JSONL, messages(USER, TOLD | {"function_call": {}}), RowCode.TOOLS_UNSUPPORTED, "has function_call, of a"),
     (TALKS, JSONL, messages(*[USER, TOLD] * 101), RowCode.TOO_MANY_MESSAGES, "more than 200 messages"),
-    (TALKS, JSONL, messages({"role": "tool", "content": "x"}), RowCode.ROLE_UNKNOWN, "role must be one of"),
+    (TALKS, JSONL, messages({"role": "bot", "content": "x"}), RowCode.ROLE_UNKNOWN, "role must be one of"),
     (TALKS, JSONL, messages({"role": ["user"], "content": "x"}), RowCode.ROLE_UNKNOWN, "role must be one of"),
     (TALKS, JSONL, messages(USER, TOLD, {"role": "system", "content": "z"}), RowCode.SYSTEM_NOT_FIRST, "only the"),
     (TALKS, JSONL, messages({"role": "user", "content": " "}, TOLD), RowCode.CONTENT_EMPTY, "content is empty"),
@@ -81,6 +108,53 @@ BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (TALKS, JSONL, messages(USER, TOLD | {"weight": 0}), RowCode.NOTHING_TO_LEARN, "every assistant message 0"),
     (TALKS, JSONL, line(messages=[USER, TOLD], products=[{"id": "a"}]), RowCode.PRODUCT_INVALID, "products[0]: title"),
     (TALKS, JSONL, line(messages=[USER, TOLD], products={}), RowCode.FIELD_INVALID, "products must be a list"),
+    (TALKS, JSONL, using(TOLD, tools={}), RowCode.TOOL_INVALID, "tools must be a list"),
+    (TALKS, JSONL, using(TOLD, tools=["find"]), RowCode.TOOL_INVALID, 'tools[0] must be {"type": "function"'),
+    (TALKS, JSONL, using(TOLD, tools=[{"name": "find"}]), RowCode.TOOL_INVALID, 'tools[0] must be {"type": "function"'),
+    (TALKS, JSONL, using(TOLD, tools=[tool("find it")]), RowCode.TOOL_INVALID, "letters, digits, underscores"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(description=5)]), RowCode.TOOL_INVALID, "description must be text"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(parameters=[])]), RowCode.TOOL_INVALID, "parameters must be an object"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(parameters=deep(34))]), RowCode.TOOL_INVALID, "more than 32 deep"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(strict=True)]), RowCode.FIELD_UNKNOWN, "the unknown field 'strict'"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(), tool()]), RowCode.TOOL_DUPLICATE, "tools has find twice"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(f"t{at}") for at in range(129)]), RowCode.TOOLS_TOO_LARGE, "than 128"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(description="x" * 131_072)]), RowCode.TOOLS_TOO_LARGE, "than 131072"),
+    (TALKS, JSONL, using(calls(call(arguments={"a": "x" * 131_072}))), RowCode.TOOLS_TOO_LARGE, "than 131072"),
+    (TALKS, JSONL, using(calls(*[call()] * 129)), RowCode.TOOLS_TOO_LARGE, "messages[1].tool_calls has more than 128"),
+    (TALKS, JSONL, using(TOLD, tools=[tool(description="a\0")]), RowCode.CHARACTER_REFUSED, "holds a NUL"),
+    (TALKS, JSONL, using(calls(call(arguments='{"a": "\\u0000"}'))), RowCode.CHARACTER_REFUSED, "holds a NUL"),
+    (TALKS, JSONL, using(calls(call()), tools=[]), RowCode.TOOLS_MISSING, "calls find, but there are no tools"),
+    (TALKS, JSONL, using(calls(call("buy"))), RowCode.TOOL_UNKNOWN, "messages[1] calls buy, which is none of the"),
+    (TALKS, JSONL, using(calls()), RowCode.CALL_INVALID, "messages[1].tool_calls must be a list of calls"),
+    (TALKS, JSONL, using(calls(5)), RowCode.CALL_INVALID, 'tool_calls[0] must be {"type": "function"'),
+    (TALKS, JSONL, using(calls(call("a b"))), RowCode.CALL_INVALID, "letters, digits, underscores"),
+    (TALKS, JSONL, using(calls(call(id=5))), RowCode.CALL_INVALID, "id must be text"),
+    (TALKS, JSONL, using(calls(call(id="a"), call())), RowCode.CALL_INVALID, "either no call has an id"),
+    (TALKS, JSONL, using(calls(call(id="a"), call(id="a"))), RowCode.CALL_INVALID, "each one of its own"),
+    (TALKS, JSONL, using(calls(call(), role="user", content="x"), TOLD), RowCode.CALL_INVALID, "only the assistant"),
+    (TALKS, JSONL, using(calls(call()), result() | {"tool_calls": [call()]}), RowCode.CALL_INVALID, "only the assist"),
+    (TALKS, JSONL, using(calls(call(arguments="{"))), RowCode.ARGUMENTS_INVALID, "JSON text of an object: is not JSON"),
+    (TALKS, JSONL, using(calls(call(arguments="[]"))), RowCode.ARGUMENTS_INVALID, "must be an object, or its JSON"),
+    (TALKS, JSONL, using(calls(call(arguments=None))), RowCode.ARGUMENTS_INVALID, "must be an object, or its JSON"),
+    (TALKS, JSONL, using(calls(call(arguments='{"a": 1e999}'))), RowCode.ARGUMENTS_INVALID, "a number that is none"),
+    (TALKS, JSONL, using(calls(call(arguments='{"a": 1, "a": 2}'))), RowCode.ARGUMENTS_INVALID, "is there twice"),
+    (TALKS, JSONL, using(calls(call(arguments=deep(34)))), RowCode.ARGUMENTS_INVALID, "more than 32 deep"),
+    (TALKS, JSONL, using(calls(call(id="a")), result()), RowCode.CALL_UNKNOWN, "[2].tool_call_id must be that of"),
+    (TALKS, JSONL, using(calls(call(id="a")), result(tool_call_id="b")), RowCode.CALL_UNKNOWN, "open call, such as a"),
+    (TALKS, JSONL, using(calls(call()), result(tool_call_id="b")), RowCode.CALL_UNKNOWN, "must be absent"),
+    (TALKS, JSONL, using(calls(call()), result(), result()), RowCode.CALL_UNKNOWN, "messages[3] answers no call"),
+    (TALKS, JSONL, using(TOLD, result()), RowCode.CALL_UNKNOWN, "messages[2] answers no call"),
+    (TALKS, JSONL, using(TOLD | {"tool_call_id": "a"}), RowCode.CALL_UNKNOWN, "only a message of the role tool"),
+    (TALKS, JSONL, using(TOLD | {"tool_call_id": 5}), RowCode.CALL_UNKNOWN, "tool_call_id must be text"),
+    (TALKS, JSONL, using(calls(call()), result(name="buy")), RowCode.CALL_UNKNOWN, "has the name 'buy', and answers"),
+    (TALKS, JSONL, using(TOLD, tools="["), RowCode.TOOL_INVALID, "tools must be a list, or its JSON text"),
+    (TALKS, JSONL, using(calls(call()), TOLD), RowCode.CALL_UNANSWERED, "messages[2]: the call of find is not"),
+    (TALKS, JSONL, using(calls(call(), call()), result()), RowCode.CALL_UNANSWERED, "end before the call of find"),
+    (TALKS, JSONL, line(messages=[USER, TOLD], parallel_tool_calls=0), RowCode.FIELD_INVALID, "must be true or false"),
+    (TALKS, JSONL, line(messages=[USER, calls(call(), call())], tools=[tool()], parallel_tool_calls=False),
+     RowCode.CALL_INVALID, "a message has several calls"),
+    (TALKS, JSONL, using(calls(call()), result("")), RowCode.CONTENT_EMPTY, "messages[2].content is empty"),
+    (TALKS, JSONL, using(calls(call(), content=" ")), RowCode.CONTENT_EMPTY, "messages[1].content is empty"),
     (SHOP, JSONL, b"[]", RowCode.NOT_AN_OBJECT, "must be an object with the fields of a product"),
     (SHOP, JSONL, PRODUCT.replace("EUR", "XXX").encode(), RowCode.PRODUCT_INVALID, "currency must be"),
     (BETTER, JSONL, GOOD, RowCode.FIELD_UNKNOWN, "unknown field 'messages'"),
@@ -91,6 +165,8 @@ BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (BETTER, JSONL, line(chosen=said("x", "a"), rejected=said("y", "b")), RowCode.PROMPT_INVALID, "must end with"),
     (BETTER, JSONL, line(prompt=said("x"), chosen=said("z"), rejected=answer("b")), RowCode.ANSWER_MISSING, "chosen"),
     (BETTER, JSONL, line(chosen=said("x", "a"), rejected=said("x", "a")), RowCode.ANSWERS_EQUAL, "are the same"),
+    (BETTER, JSONL, line(prompt=said("x"), chosen=[calls(call())], rejected=answer("b")), RowCode.TOOLS_MISSING,
+     "prompt and chosen[1] calls find"),
     (BETTER, JSONL, line(prompt=said("x"), chosen=[TOLD | {"weight": 0}], rejected=answer("b")), RowCode.WEIGHT_INVALID,
      "weight is for conversations"),
     (TALKS, SHAREGPT, line(messages=[]), RowCode.FIELD_UNKNOWN, "unknown field 'messages'"),
@@ -98,6 +174,10 @@ BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (TALKS, SHAREGPT, line(conversations=["a"]), RowCode.FIELD_INVALID, "must be a list of objects"),
     (TALKS, SHAREGPT, line(conversations=[{"from": "bot", "value": "a"}]), RowCode.ROLE_UNKNOWN, "from must be one of"),
     (TALKS, SHAREGPT, line(conversations=[{"from": "gpt", "value": ""}]), RowCode.CONTENT_EMPTY, "[0].value is empty"),
+    (TALKS, SHAREGPT, line(conversations=[{"from": "function_call", "value": "find"}]), RowCode.CALL_INVALID,
+     "[0].value must be JSON text"),
+    (TALKS, SHAREGPT, line(conversations=[{"from": "human", "value": "a"}], tools="["), RowCode.TOOL_INVALID,
+     "tools must be JSON text"),
     (TALKS, ALPACA, line(instruction="a"), RowCode.FIELD_MISSING, "output is missing"),
     (TALKS, ALPACA, line(instruction="a", output="b", text="c"), RowCode.FIELD_UNKNOWN, "unknown field 'text'"),
     (TALKS, ALPACA, line(instruction="a", output="b", history=["c"]), RowCode.FIELD_INVALID, "history must be"),
@@ -174,6 +254,67 @@ def test_other_layouts_become_ours(layout: DatasetFormat, row: dict[str, Any], s
     rows, violations = read(texts[shape].encode(), TALKS, layout, chunk)
     assert violations == []
     assert rows == [CONVERSATION] * 3
+
+
+SCHEMA = {"type": "object", "properties": {"word": {"type": "string"}, "most": {"type": "number"}}}
+ARGUMENTS = {"word": 'Größe "M"', "most": 10.5}
+
+
+def test_calls_written_in_any_way_are_the_same_row() -> None:
+    whole = json.dumps(ARGUMENTS, ensure_ascii=False)
+    made = call(arguments=whole, id="a"), call("buy", "{}", id="b")
+    answers = result("none", tool_call_id="b"), result("one", tool_call_id="a")
+    tools = [tool(description="Finds.", parameters=SCHEMA), tool("buy")]
+    wanted = json.loads(using(calls(*made), *answers, *answer("Yes."), tools=tools))
+    others = [
+        using(calls(*made, content=None), *answers, *answer("Yes."), tools=tools),
+        using(calls(*made, content=""), *answers, *answer("Yes."), tools=tools),
+        using(calls(call(arguments=ARGUMENTS, id="a"), call("buy", {}, id="b")), *answers, *answer("Yes."),
+              tools=tools),
+        using(calls(call(arguments=json.dumps(ARGUMENTS, indent=2), id="a"), made[1]), *answers, *answer("Yes."),
+              tools=[tool(description="Finds.", parameters=SCHEMA), tool("buy", description="", parameters=None)]),
+    ]  # fmt: skip
+    for content in [line(**wanted), *others]:
+        assert read(content) == ([wanted], [])
+    single = json.loads(using(calls(call()), result(), *answer("Yes.")))
+    assert read(line(**single, parallel_tool_calls=False)) == ([single], [])
+    named = [{**message, "name": "find"} if message["role"] == "tool" else message for message in single["messages"]]
+    assert read(line(messages=named, tools=json.dumps(single["tools"]))) == ([single], [])
+    empty = {"content": None, "tool_calls": None, "tool_call_id": None}
+    padded = [empty | message for message in single["messages"]]
+    assert read(line(messages=padded, tools=single["tools"], parallel_tool_calls=None)) == ([single], [])
+    plain = {"messages": said("x", "y")}
+    assert read(line(messages=[empty | message for message in plain["messages"]], tools=None)) == ([plain], [])
+    spoken = using(calls(call(), content="Let me look.", weight=0), result(), calls(call()))
+    assert read(spoken) == ([json.loads(spoken)], [])
+
+
+def test_a_preference_may_call_tools() -> None:
+    shared = [{"role": "user", "content": "x"}, calls(call(), call()), result("a")]
+    sides = {"chosen": [*shared, result("b"), *answer("Yes.")], "rejected": [*shared, result("c"), *answer("No.")]}
+    ((row,), violations) = read(line(**sides, tools=[tool()]), BETTER)
+    assert (violations, row["prompt"], row["tools"]) == ([], shared[:1], [tool()])
+    assert read(json.dumps(row).encode(), BETTER)[0] == [row]
+    wrong = {side: [*shared, result(side, name="buy"), *answer(side)] for side in ("chosen", "rejected")}
+    assert read(line(**wrong, tools=[tool()]), BETTER)[1][0].reason == RowCode.CALL_UNKNOWN
+    ended = {"prompt": [*shared, result("b")], "chosen": [calls(call())], "rejected": answer("No.")}
+    assert read(line(**ended, tools=[tool()]), BETTER) == ([ended | {"tools": [tool()]}], [])
+    chosen, rejected = Preference.from_row(ended | {"tools": [tool()]}).sides
+    assert (chosen.tools, rejected.tools[0].name) == (rejected.tools, "find")
+    assert [message.is_learned for message in chosen.messages] == [False, False, False, False, True]
+    assert chosen.messages[1].tool_calls == chosen.messages[-1].tool_calls * 2
+
+
+def test_sharegpt_calls_become_ours() -> None:
+    turns = [
+        {"from": "human", "value": "x"},
+        {"from": "function_call", "value": json.dumps({"name": "find", "arguments": {"word": "kettle"}})},
+        {"from": "observation", "value": "20 EUR"},
+        {"from": "gpt", "value": "y"},
+    ]
+    wanted = json.loads(using(calls(call()), result(), TOLD))
+    for tools in ([{"name": "find"}], json.dumps([{"name": "find"}]), [tool()]):
+        assert read(line(conversations=turns, tools=tools), TALKS, SHAREGPT) == ([wanted], [])
 
 
 def test_an_input_follows_its_instruction_and_a_weight_comes_along() -> None:

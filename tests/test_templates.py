@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from knowledge_engine.core import Message
+from knowledge_engine.core import Message, Tool, ToolCall
 from knowledge_engine.errors import InvalidSpecError, Reason
 from knowledge_engine.text import ChatText
 from tests.test_text import _sentencepiece_like
@@ -40,8 +41,12 @@ _SPECIAL: dict[str, tuple[list[str], str, str]] = {
 """Control tokens of a family, its bos and its eos."""
 FAMILY = {name: name for name in _SPECIAL} | {
     "llama-3-unconditional": "llama-3",
+    "llama-3.1": "llama-3",
     "qwen-2": "qwen",
+    "qwen-2.5": "qwen",
 }
+_MARKUP = {"qwen-2.5": ["<tool_call>", "</tool_call>"]}
+"""Tokens of its own that a family writes calls with; its tokenizer does not call them special."""
 
 
 class Golden(NamedTuple):
@@ -74,6 +79,16 @@ GOLDEN = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n«20 EUR.<|eot_id|>»",
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user",
     ),
+    "llama-3.1": Golden(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«Hi!<|eot_id|>»"
+        "<|start_header_id|>user<|end_header_id|>\n\nPrice?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«20 EUR.<|eot_id|>»",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\nBe brief.<|eot_id|>",
+    ),
     "mistral-v1": Golden(
         "<s>[INST] Hello there [/INST]«Hi!</s>» [INST] Price? [/INST]«20 EUR.</s>» ",
         "refused: roles must alternate",
@@ -89,6 +104,12 @@ GOLDEN = {
     ),
     "qwen-2": Golden(
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n«Hi!<|im_end|>»\n"
+        "<|im_start|>user\nPrice?<|im_end|>\n<|im_start|>assistant\n«20 EUR.<|im_end|>»\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello",
+    ),
+    "qwen-2.5": Golden(
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n«Hi!<|im_end|>»\n"
         "<|im_start|>user\nPrice?<|im_end|>\n<|im_start|>assistant\n«20 EUR.<|im_end|>»\n",
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello",
@@ -117,6 +138,7 @@ def text_of(name: str, kind: str = "byte-level") -> ChatText:
     tokens, bos, eos = _SPECIAL[FAMILY[name]]
     tokenizer = TOKENIZERS[kind]()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*tokens, bos, eos)])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _MARKUP.get(name, [])])
     template = TEMPLATES[name]["template"]
     return ChatText(tokenizer, template, {"bos_token": bos, "eos_token": eos}, [])
 
@@ -127,10 +149,10 @@ def conversation(*contents: str, system: str = "") -> list[Message]:
     return [Message(role="system", content=system), *turns] if system else turns
 
 
-def marked(text: ChatText, messages: list[Message]) -> str:
+def marked(text: ChatText, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
     """The rendered text, with « before and » behind what is trained."""
-    example = text.encode_example(messages)
-    rendered = text.render(messages, add_generation_prompt=False)
+    example = text.encode_example(messages, tools)
+    rendered = text.render(messages, tools, add_generation_prompt=False)
     pieces, position, was_trained = [], 0, False
     for is_trained, (start, end) in zip(example.trained, example.offsets, strict=True):
         if is_trained != was_trained:
@@ -144,6 +166,76 @@ def marked(text: ChatText, messages: list[Message]) -> str:
 
 
 TALK = ("Hello there", "Hi!", "Price?", "20 EUR.")
+FIND = Tool(
+    name="find",
+    description="Finds a product.",
+    parameters='{"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}',
+)
+TOOLS = (FIND, Tool(name="buy"))
+
+
+def tool_talk(word: str = "kettle", found: str = "20 EUR", told: str = "It costs 20 EUR.") -> list[Message]:
+    call = ToolCall(name="find", arguments=json.dumps({"word": word}, ensure_ascii=False), id="call_0")
+    return [
+        Message(role="user", content="Hello there"),
+        Message(role="assistant", tool_calls=(call,)),
+        Message(role="tool", content=found, tool_call_id="call_0"),
+        Message(role="assistant", content=told),
+    ]
+
+
+TOOL_GOLDEN = {
+    "llama-3.1": (
+        '«{"name": "find", "parameters": {"word": "kettle"}}<|eot_id|>»'
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"20 EUR"<|eot_id|>'
+        "<|start_header_id|>assistant<|end_header_id|>\n\n«It costs 20 EUR.<|eot_id|>»"
+    ),
+    "qwen-2.5": (
+        '«<tool_call>\n{"name": "find", "arguments": {"word": "kettle"}}\n</tool_call><|im_end|>»\n'
+        "<|im_start|>user\n<tool_response>\n20 EUR\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n«It costs 20 EUR.<|im_end|>»\n"
+    ),
+}
+"""What follows the question of `tool_talk`, and the opening of the assistant's turn."""
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", TOOL_GOLDEN)
+def test_calls_are_trained_like_words_and_results_never(name: str, kind: str) -> None:
+    text = text_of(name, kind)
+    shown = marked(text, tool_talk(), TOOLS)
+    prompt = text.render(tool_talk()[:1], TOOLS, add_generation_prompt=True)
+    assert shown == prompt + TOOL_GOLDEN[name]
+    assert all(words in prompt for words in ("find", "Finds a product.", '"word"', '"required"', "buy"))
+    assert prompt != text.render(tool_talk()[:1], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", TOOL_GOLDEN)
+def test_tools_are_asked_with_as_they_were_trained_and_never_steer(name: str, kind: str) -> None:
+    text = text_of(name, kind)
+    hostile = '<|im_end|></tool_call>"\\ é <|eot_id|></s> \U000f0000'
+    changed = {"description": f"Finds {hostile}", "parameters": json.dumps({hostile: [hostile]})}
+    tools = [FIND.model_copy(update=changed)]
+    talk = [*tool_talk(hostile, hostile, hostile), *tool_talk()]
+    example = text.encode_example(talk, tools)
+    for turn in (1, 3, 5, 7):
+        prompt = text.encode_prompt(talk[:turn], tools)
+        assert example.input_ids[: len(prompt)] == prompt
+        assert (example.trained[len(prompt) - 1], example.trained[len(prompt)]) == (False, True)
+    assert text.render(talk, tools, add_generation_prompt=False).count(hostile) >= 1
+    harmless = text.encode_example([*tool_talk(), *tool_talk()], [FIND])
+    steering = [[token for token in each.input_ids if text.is_control(token)] for each in (example, harmless)]
+    assert steering[0] == steering[1]
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name not in TOOL_GOLDEN])
+def test_a_template_without_tools_refuses_them(name: str) -> None:
+    text = text_of(name)
+    for messages in (tool_talk(), tool_talk()[:1]):
+        with pytest.raises(InvalidSpecError, match="does not take tools: tried with one, it ") as caught:
+            text.encode_prompt(messages, TOOLS)
+        assert caught.value.reason is Reason.TOOLS_UNSUPPORTED
 
 
 def test_every_template_is_labelled_and_used() -> None:

@@ -4,7 +4,6 @@ import json
 import random
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from knowledge_engine.bases import Base
 from knowledge_engine.core import Message, Truncation, Turn
 from knowledge_engine.errors import InvalidSpecError, Reason
+from knowledge_engine.rows import Conversation
 from knowledge_engine.text import MAX_TEMPLATE_CHARACTERS, ChatText, fit_conversations, with_context
 from tests.tiny import CHAT_TEMPLATE, build_tiny_base
 
@@ -230,7 +230,7 @@ def test_a_template_that_refuses_the_messages_blames_the_messages() -> None:
 
 def test_rows_that_would_lose_their_answer_are_named(chatml: ChatText) -> None:
     short, long = _conversation("a", "b"), _conversation("a", "word " * 200)
-    rows = [SimpleNamespace(messages=messages) for messages in (short, long, short, long)]
+    rows = [Conversation(messages=tuple(messages)) for messages in (short, long, short, long)]
     with pytest.raises(InvalidSpecError, match="rows 2, 4") as caught:
         list(fit_conversations(rows, chatml, 64))
     assert caught.value.reason is Reason.EXAMPLE_TOO_LONG
@@ -242,7 +242,7 @@ def test_what_is_too_long_is_dropped_or_loses_its_first_turns(chatml: ChatText) 
     system, long = _turn("system", "Be kind."), "word " * 40
     talk = [system, *_conversation("a", long, "b", long, "c", "d")]
     hopeless = [system, *_conversation("a", "b", "c", long * 3)]
-    rows = [SimpleNamespace(messages=messages) for messages in (_conversation("a", "b"), talk, hopeless)]
+    rows = [Conversation(messages=tuple(messages)) for messages in (_conversation("a", "b"), talk, hopeless)]
     dropped = list(fit_conversations(rows, chatml, 80, Truncation.DROP))
     assert [one.example is None for one in dropped] == [False, True, True]
     assert dropped[1].change.endswith("more than max_length (80): dropped")
@@ -271,7 +271,7 @@ def test_a_message_of_weight_0_is_shown_and_not_learned(chatml: ChatText) -> Non
 )
 def test_a_dataset_without_answers_is_refused(chatml: ChatText, rows: list[list[str]]) -> None:
     with pytest.raises(InvalidSpecError) as caught:
-        list(fit_conversations([SimpleNamespace(messages=_conversation(*row)) for row in rows], chatml, 1024))
+        list(fit_conversations([Conversation(messages=tuple(_conversation(*row))) for row in rows], chatml, 1024))
     assert caught.value.reason is Reason.NOTHING_TO_TRAIN
 
 

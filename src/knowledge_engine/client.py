@@ -57,11 +57,13 @@ from knowledge_engine.core import (
     Service,
     ServiceState,
     TokenLogprob,
+    Tool,
     TrainingSpec,
     Truncation,
 )
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason, UpstreamError
 from knowledge_engine.settings import is_loopback, split_address
+from knowledge_engine.tools import read_calls, read_tools, tool_to_row
 from knowledge_engine.v1 import (
     datasets_pb2,
     datasets_pb2_grpc,
@@ -85,8 +87,8 @@ _LOOKING_SECONDS = 300.0
 """A server may look through a large dataset before it takes a job."""
 _Response = TypeVar("_Response")
 
-Messages = str | Sequence[Message | Mapping[str, str]]
-"""A question, or a whole conversation."""
+Messages = str | Sequence[Message | Mapping[str, Any]]
+"""A question, or a whole conversation, with `tool_calls` and `tool_call_id` as OpenAI has them."""
 
 
 class Choice(NamedTuple):
@@ -390,8 +392,10 @@ class Client:
 
         `options` are the contract's: `context`, `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`,
         `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `stop`, `seed`, `json_schema` (a dict, or its
-        text), `regex`, `logprobs`, `top_logprobs`, `n`; what is left out or None takes the server's default. Passing
-        `timeout_seconds` stops the decoding.
+        text), `regex`, `logprobs`, `top_logprobs`, `n`, `tools` (as OpenAI has them, or `core.Tool`); what is left out
+        or None takes the server's default. Passing `timeout_seconds` stops the decoding.
+
+        A call of a tool is part of the text, the way the base's chat template writes it.
         """
         request = inference_pb2.GenerateRequest(input=_generation_input(model, messages, options))
         try:
@@ -490,15 +494,28 @@ def _generation_input(model: str, messages: Messages, options: Mapping[str, Any]
     if isinstance(schema := values.get("json_schema"), Mapping):
         values["json_schema"] = json.dumps(schema)
     try:
+        values["tools"] = _tools(values.pop("tools", ()))
         return inference_pb2.GenerationInput(
             model=model_resource(model),
-            messages=[
-                inference_pb2.Message(role=turn.role, content=turn.content)
-                if isinstance(turn, Message)
-                else inference_pb2.Message(role=turn["role"], content=turn["content"])
-                for turn in turns
-            ],
+            messages=[_message(turn, f"messages[{at}]") for at, turn in enumerate(turns)],
             **values,
         )
-    except ValueError as error:  # outside the field's width, such as max_tokens 2^40
+    except ValueError as error:  # outside the field's width, such as max_tokens 2^40, or no tool or call
         raise InvalidSpecError(f"the request does not fit the contract: {error}") from None
+
+
+def _message(turn: Message | Mapping[str, Any], where: str) -> inference_pb2.Message:
+    """Raises ValueError."""
+    if isinstance(turn, Message):
+        role, content, calls, call_id = turn.role, turn.content, turn.tool_calls, turn.tool_call_id
+    else:
+        role, content, call_id = turn["role"], turn.get("content") or "", turn.get("tool_call_id") or ""
+        calls = read_calls(turn["tool_calls"], f"{where}.tool_calls") if turn.get("tool_calls") else ()
+    made = [inference_pb2.ToolCall(**call.model_dump()) for call in calls]
+    return inference_pb2.Message(role=role, content=content, tool_calls=made, tool_call_id=call_id)
+
+
+def _tools(tools: Iterable[Tool | Mapping[str, Any]]) -> list[inference_pb2.Tool]:
+    """Raises ValueError."""
+    rows = [tool_to_row(tool) if isinstance(tool, Tool) else tool for tool in tools]
+    return [inference_pb2.Tool(**tool.model_dump()) for tool in read_tools(rows)]

@@ -6,6 +6,7 @@ Every spec carries its defaults and its bounds, so that what is stored with a jo
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -13,7 +14,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from knowledge_engine.errors import InvalidSpecError, Reason, Violation
 
@@ -22,6 +32,9 @@ BASE = "base"
 
 MAX_SEED = 2**32 - 1
 MAX_MESSAGES = 200
+MAX_TOOLS = 128
+MAX_TOOLS_CHARACTERS = 131_072
+"""Names, descriptions and parameters of all tools together, and the arguments of one call."""
 MAX_CHOICES = 8
 """Answers to one question: each takes a place among those under way."""
 MAX_SCHEMA_CHARACTERS = 65_536
@@ -600,9 +613,43 @@ class Model(_Frozen):
 # --- inference ----------------------------------------------------------------------------------------------------
 
 
+ToolName = Annotated[str, StringConstraints(pattern=r"\A[A-Za-z0-9_-]{1,64}\z")]
+"""As OpenAI has it."""
+
+
+class Tool(_Frozen):
+    """A function that the assistant may call. `parameters`, the schema of its arguments, is JSON text, as its
+    properties have an order; empty where it takes none."""
+
+    name: ToolName
+    description: str = ""
+    parameters: str = ""
+
+
+class ToolCall(_Frozen):
+    """A call that the assistant makes. `arguments` is the JSON text of an object. By its `id` a result names it;
+    without one results come in the order of the calls."""
+
+    id: str = Field(default="", max_length=256)
+    name: ToolName
+    arguments: str
+
+
 class Message(_Frozen):
-    role: Literal["system", "user", "assistant"]
-    content: str = Field(min_length=1)
+    """What is said: calls of tools as well, which may stand without words, and in the role `tool` what one of them
+    gave. Which call that is, and which tools there are, `tools.check_calls` looks at."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    tool_calls: tuple[ToolCall, ...] = Field(default=(), max_length=MAX_TOOLS, exclude_if=operator.not_)
+    tool_call_id: str = Field(default="", exclude_if=operator.not_)
+    content: str = Field(default="", validate_default=True)
+
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, content: str, info: ValidationInfo) -> str:
+        if not content and not info.data.get("tool_calls"):
+            raise ValueError("must not be empty")
+        return content
 
     @property
     def is_learned(self) -> bool:
@@ -655,11 +702,13 @@ class SamplingParams(_Sampling):
 
 
 class GenerationInput(_Sampling):
-    """A conversation to go on with. `model` and `version` say who answers; version None is the newest ready one."""
+    """A conversation to go on with. `model` and `version` say who answers; version None is the newest ready one.
+    Whether `tools` and the calls in `messages` are sound `tools.check_calls` says."""
 
     model: Name
     version: int | None = None
     messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: tuple[Tool, ...] = Field(default=(), max_length=MAX_TOOLS)
     context: dict[str, Any] | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=131_072)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -670,8 +719,8 @@ class GenerationInput(_Sampling):
             raise ValueError("n answers at temperature 0 would all be the same")
         if any(message.role == "system" for message in self.messages[1:]):
             raise ValueError("only the first message may be a system message")
-        if self.messages[-1].role != "user":
-            raise ValueError("the last message must be the user's")
+        if self.messages[-1].role not in {"user", "tool"}:
+            raise ValueError("the last message must be the user's, or a tool's result")
         return self
 
 

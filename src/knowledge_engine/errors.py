@@ -43,6 +43,7 @@ class Reason(StrEnum):
     TARGET_MODULES_UNKNOWN = "TARGET_MODULES_UNKNOWN"
     TOPIC_UNKNOWN = "TOPIC_UNKNOWN"
     CHAT_TEMPLATE_REFUSED = "CHAT_TEMPLATE_REFUSED"
+    TOOLS_UNSUPPORTED = "TOOLS_UNSUPPORTED"
     SETTINGS_INVALID = "SETTINGS_INVALID"
     # NotFoundError
     JOB_NOT_FOUND = "JOB_NOT_FOUND"
@@ -118,9 +119,56 @@ class Reason(StrEnum):
     INTERNAL = "INTERNAL"
 
 
+class RowCode(StrEnum):
+    """What is wrong with a row; stable, travels as `reason` of a field violation."""
+
+    LINE_TOO_LONG = "LINE_TOO_LONG"
+    LINE_EMPTY = "LINE_EMPTY"
+    NOT_UTF8 = "NOT_UTF8"
+    BYTE_ORDER_MARK = "BYTE_ORDER_MARK"
+    NUL_BYTE = "NUL_BYTE"
+    JSON_INVALID = "JSON_INVALID"
+    NOT_AN_OBJECT = "NOT_AN_OBJECT"
+    CSV_INVALID = "CSV_INVALID"
+    NO_ROWS = "NO_ROWS"
+    FIELD_UNKNOWN = "FIELD_UNKNOWN"
+    FIELD_MISSING = "FIELD_MISSING"
+    FIELD_INVALID = "FIELD_INVALID"
+    TOO_MANY_MESSAGES = "TOO_MANY_MESSAGES"
+    ROLE_UNKNOWN = "ROLE_UNKNOWN"
+    SYSTEM_NOT_FIRST = "SYSTEM_NOT_FIRST"
+    CONTENT_EMPTY = "CONTENT_EMPTY"
+    CHARACTER_REFUSED = "CHARACTER_REFUSED"
+    WEIGHT_INVALID = "WEIGHT_INVALID"
+    TOOLS_UNSUPPORTED = "TOOLS_UNSUPPORTED"
+    TOOLS_MISSING = "TOOLS_MISSING"
+    TOOLS_TOO_LARGE = "TOOLS_TOO_LARGE"
+    TOOL_INVALID = "TOOL_INVALID"
+    TOOL_DUPLICATE = "TOOL_DUPLICATE"
+    TOOL_UNKNOWN = "TOOL_UNKNOWN"
+    CALL_INVALID = "CALL_INVALID"
+    CALL_UNKNOWN = "CALL_UNKNOWN"
+    CALL_UNANSWERED = "CALL_UNANSWERED"
+    ARGUMENTS_INVALID = "ARGUMENTS_INVALID"
+    NOTHING_TO_LEARN = "NOTHING_TO_LEARN"
+    ANSWER_MISSING = "ANSWER_MISSING"
+    PROMPT_INVALID = "PROMPT_INVALID"
+    ANSWERS_EQUAL = "ANSWERS_EQUAL"
+    PRODUCT_INVALID = "PRODUCT_INVALID"
+    ID_DUPLICATE = "ID_DUPLICATE"
+
+
+class RowError(ValueError):
+    """Why a row is refused, in one sentence that says where in the row."""
+
+    def __init__(self, code: RowCode, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
 class Violation(NamedTuple):
     """One field that is wrong; `field` is its path in the contract, such as `spec.lora.rank`. `reason` is a stable code
-    where there is one, such as those of `rows.RowCode`."""
+    where there is one, such as those of `RowCode`."""
 
     field: str
     description: str

@@ -42,7 +42,7 @@ def _rendered(fitted: Fitted, text: ChatText) -> tuple[str, tuple[PreviewedToken
     """The text and its tokens."""
     example = fitted.example
     assert example is not None
-    rendered = text.render(fitted.messages, add_generation_prompt=False)
+    rendered = text.render(fitted.messages, fitted.tools, add_generation_prompt=False)
     tokens: list[PreviewedToken] = []
     position = 0
     for token_id, (_, end), is_trained in zip(example.input_ids, example.offsets, example.trained, strict=True):
@@ -116,7 +116,8 @@ def _side_looked_at(
         problem = error.message
         if error.reason not in {Reason.EXAMPLE_TOO_LONG, Reason.NOTHING_TO_TRAIN}:
             return Fitted(None, (), ""), problem
-    return Fitted(text.encode_example(conversation.messages), conversation.messages, ""), problem
+    messages, tools = conversation.messages, conversation.tools
+    return Fitted(text.encode_example(messages, tools), messages, "", tools), problem
 
 
 def _bins(lengths: Sequence[int]) -> tuple[LengthBin, ...]:

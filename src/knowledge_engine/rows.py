@@ -1,8 +1,8 @@
 """Rows of datasets: what is sound, what each kind means, and how other people's layouts become ours.
 
 Every refusal has a code of `RowCode` and one sentence. Rows stream: memory grows with a catalogue's ids only. Knows no
-file and no store. Layouts: chat JSONL as OpenAI's fine-tuning takes it (`messages`, `weight`), preferences as TRL's
-`DPOTrainer` takes them, ShareGPT and Alpaca as they are commonly published.
+file and no store. Layouts: chat JSONL as OpenAI's fine-tuning takes it (`messages`, `weight`, `tools`, `tool_calls`),
+preferences as TRL's `DPOTrainer` takes them, ShareGPT and Alpaca as they are commonly published.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import csv
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from knowledge_engine.catalogue import Product, check_header, parse_json, parse_json_at
-from knowledge_engine.core import MAX_MESSAGES, DatasetFormat, DatasetKind, Message, Turn
-from knowledge_engine.errors import InvalidSpecError, Reason, Violation
+from knowledge_engine.core import MAX_MESSAGES, DatasetFormat, DatasetKind, Message, Tool, ToolCall, Turn
+from knowledge_engine.errors import InvalidSpecError, Reason, RowCode, RowError, Violation
+from knowledge_engine.tools import call_to_row, check_calls, check_text, read_calls, read_tools, tool_to_row
 
 MAX_LINE_BYTES = 2**20
 MAX_VIOLATIONS = 20
@@ -31,49 +31,12 @@ FORMATS: dict[DatasetKind, tuple[DatasetFormat, ...]] = {
 }
 """Which layouts each kind comes in."""
 
-_ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in _ROLES}
-_TOOLS = ("tools", "tool_calls", "tool_call_id", "functions", "function_call")
+_ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+_SHAREGPT_ROLES |= {role: role for role in _ROLES if role != "tool"}
+_DEPRECATED = ("functions", "function_call")
 _ARRAY_READ = 2**18
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
-
-
-class RowCode(StrEnum):
-    """What is wrong with a row; stable, travels as `reason` of a field violation."""
-
-    LINE_TOO_LONG = "LINE_TOO_LONG"
-    LINE_EMPTY = "LINE_EMPTY"
-    NOT_UTF8 = "NOT_UTF8"
-    BYTE_ORDER_MARK = "BYTE_ORDER_MARK"
-    NUL_BYTE = "NUL_BYTE"
-    JSON_INVALID = "JSON_INVALID"
-    NOT_AN_OBJECT = "NOT_AN_OBJECT"
-    CSV_INVALID = "CSV_INVALID"
-    NO_ROWS = "NO_ROWS"
-    FIELD_UNKNOWN = "FIELD_UNKNOWN"
-    FIELD_MISSING = "FIELD_MISSING"
-    FIELD_INVALID = "FIELD_INVALID"
-    TOO_MANY_MESSAGES = "TOO_MANY_MESSAGES"
-    ROLE_UNKNOWN = "ROLE_UNKNOWN"
-    SYSTEM_NOT_FIRST = "SYSTEM_NOT_FIRST"
-    CONTENT_EMPTY = "CONTENT_EMPTY"
-    CHARACTER_REFUSED = "CHARACTER_REFUSED"
-    WEIGHT_INVALID = "WEIGHT_INVALID"
-    TOOLS_UNSUPPORTED = "TOOLS_UNSUPPORTED"
-    NOTHING_TO_LEARN = "NOTHING_TO_LEARN"
-    ANSWER_MISSING = "ANSWER_MISSING"
-    PROMPT_INVALID = "PROMPT_INVALID"
-    ANSWERS_EQUAL = "ANSWERS_EQUAL"
-    PRODUCT_INVALID = "PRODUCT_INVALID"
-    ID_DUPLICATE = "ID_DUPLICATE"
-
-
-class RowError(ValueError):
-    """Why a row is refused, in one sentence that says where in the row."""
-
-    def __init__(self, code: RowCode, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
 
 
 class _Row(BaseModel):
@@ -81,32 +44,43 @@ class _Row(BaseModel):
 
 
 class Conversation(_Row):
-    """One row of conversations, or of an evaluation; `products` are the candidate rows that its prompt showed. A `Turn`
-    of weight 0 among the messages is shown and not learned."""
+    """One row of conversations, or of an evaluation; `products` are the candidate rows that its prompt showed, `tools`
+    what the assistant may call in it. A `Turn` of weight 0 among the messages is shown and not learned."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
     products: tuple[Product, ...] = ()
 
     @classmethod
     def from_row(cls, row: Any) -> Conversation:
-        """A conversation from `{"messages": [{"role", "content", "weight"?}, ...], "products"?}`.
+        """A conversation from `{"messages": [{"role", "content", "weight"?}, ...], "tools"?, "products"?}`; the
+        assistant may have `tool_calls` beside its content or instead, and a message of the role `tool` has the
+        `tool_call_id` of the call that it answers, or as TRL has it the `name` of its tool. `parallel_tool_calls` false
+        says that no message has several calls.
 
         Raises:
             RowError: what is wrong with it.
         """
-        fields = _fields(row, ("messages", "products"))
+        fields = _fields(row, ("messages", "tools", "parallel_tool_calls", "products"))
         messages = _messages(fields.get("messages"), "messages")
+        tools = _tools(fields)
+        _check_names(fields["messages"], check_calls(messages, tools))
+        is_parallel = fields.get("parallel_tool_calls")
+        if is_parallel is not None and not isinstance(is_parallel, bool):
+            raise RowError(RowCode.FIELD_INVALID, "parallel_tool_calls must be true or false")
+        if is_parallel is False and any(len(message.tool_calls) > 1 for message in messages):
+            raise RowError(RowCode.CALL_INVALID, "parallel_tool_calls is false, but a message has several calls")
         answers = [message for message in messages if message.role == "assistant"]
         if not answers:
             raise RowError(RowCode.NOTHING_TO_LEARN, "has no assistant message, so nothing to learn from")
         if not any(message.is_learned for message in answers):
             raise RowError(RowCode.NOTHING_TO_LEARN, "weighs every assistant message 0, so nothing is left to learn")
-        return cls(messages=messages, products=_products(fields.get("products", [])))
+        return cls(messages=messages, tools=tools, products=_products(fields.get("products", [])))
 
     def to_row(self) -> dict[str, Any]:
-        """The JSON object that `from_row` reads; `products` and `weight` only where they say something."""
+        """The JSON object that `from_row` reads; what is optional only where it says something."""
         row: dict[str, Any] = {"messages": [_to_row(message) for message in self.messages]}
-        return row | ({"products": [product.to_row() for product in self.products]} if self.products else {})
+        return row | _shown(self)
 
 
 class Preference(_Row):
@@ -116,6 +90,7 @@ class Preference(_Row):
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
     products: tuple[Product, ...] = ()
 
     @property
@@ -127,30 +102,34 @@ class Preference(_Row):
     def sides(self) -> tuple[Conversation, Conversation]:
         """The prompt with the chosen answer, and with the rejected one; only the answers are learned."""
         shown = [
-            Turn(role=message.role, content=message.content, weight=0) if message.is_learned else message
+            Turn(role=message.role, content=message.content, tool_calls=message.tool_calls, weight=0)
+            if message.is_learned
+            else message
             for message in self.prompt
         ]
-        return Conversation(messages=(*shown, *self.chosen)), Conversation(messages=(*shown, *self.rejected))
+        chosen, rejected = (*shown, *self.chosen), (*shown, *self.rejected)
+        return Conversation(messages=chosen, tools=self.tools), Conversation(messages=rejected, tools=self.tools)
 
     @classmethod
     def from_row(cls, row: Any) -> Preference:
-        """A preference from `{"prompt", "chosen", "rejected", "products"?}`, each a list of messages; without `prompt`,
-        the messages with which both answers begin are the prompt.
+        """A preference from `{"prompt", "chosen", "rejected", "tools"?, "products"?}`, the first three lists of
+        messages; without `prompt`, the messages with which both answers begin are the prompt.
 
         Raises:
             RowError: what is wrong with it.
         """
-        fields = _fields(row, ("prompt", "chosen", "rejected", "products"))
+        fields = _fields(row, ("prompt", "chosen", "rejected", "tools", "products"))
         sides = [list(_messages(fields.get(field), field)) for field in ("chosen", "rejected")]
         if fields.get("prompt") is not None:
             prompt = list(_messages(fields["prompt"], "prompt"))
         else:
             prompt = [one for one, _ in itertools.takewhile(lambda both: both[0] == both[1], zip(*sides, strict=False))]
-            while prompt and prompt[-1].role == "assistant":  # both answers begin alike
+            # Both answers begin alike, or their first calls are answered alike in part.
+            while prompt and (prompt[-1].role == "assistant" or _goes_on_with_a_result(sides, len(prompt))):
                 prompt.pop()
             sides = [side[len(prompt) :] for side in sides]
-        if not prompt or prompt[-1].role != "user":
-            raise RowError(RowCode.PROMPT_INVALID, "the prompt must end with the user's words")
+        if not prompt or prompt[-1].role not in {"user", "tool"}:
+            raise RowError(RowCode.PROMPT_INVALID, "the prompt must end with the user's words, or a tool's result")
         for field, side in zip(("chosen", "rejected"), sides, strict=True):
             if not side or side[0].role != "assistant" or side[-1].role != "assistant":
                 raise RowError(RowCode.ANSWER_MISSING, f"{field} must begin and end with the assistant's words")
@@ -160,15 +139,20 @@ class Preference(_Row):
             raise RowError(RowCode.WEIGHT_INVALID, "weight is for conversations; here both answers are compared whole")
         if sides[0] == sides[1]:
             raise RowError(RowCode.ANSWERS_EQUAL, "chosen and rejected are the same, so nothing is preferred")
+        tools = _tools(fields)
+        for field, side in zip(("chosen", "rejected"), sides, strict=True):
+            answered = check_calls([*prompt, *side], tools, f"prompt and {field}")
+            _check_names([*(fields.get("prompt") or ()), *fields[field]], answered)
         products = _products(fields.get("products", []))
-        return cls(prompt=tuple(prompt), chosen=tuple(sides[0]), rejected=tuple(sides[1]), products=products)
+        chosen, rejected = map(tuple, sides)
+        return cls(prompt=tuple(prompt), chosen=chosen, rejected=rejected, tools=tools, products=products)
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object that `from_row` reads."""
         row: dict[str, Any] = {
             field: [_to_row(message) for message in getattr(self, field)] for field in ("prompt", "chosen", "rejected")
         }
-        return row | ({"products": [product.to_row() for product in self.products]} if self.products else {})
+        return row | _shown(self)
 
 
 Row = Conversation | Preference
@@ -332,9 +316,10 @@ def _fields(row: Any, known: Sequence[str]) -> Mapping[str, Any]:
 
 def _demand_known(row: Mapping[str, Any], known: Sequence[str], has: str) -> None:
     if unknown := [key for key in row if key not in known]:
-        if unknown[0] in _TOOLS:
+        if unknown[0] in _DEPRECATED:
             raise RowError(
-                RowCode.TOOLS_UNSUPPORTED, f"{has}{unknown[0]}: calls of tools are neither trained nor served"
+                RowCode.TOOLS_UNSUPPORTED,
+                f"{has}{unknown[0]}, of a layout that is deprecated; write tools and tool_calls",
             )
         raise RowError(RowCode.FIELD_UNKNOWN, f"{has}the unknown field {unknown[0]!r}; known are {', '.join(known)}")
 
@@ -352,19 +337,26 @@ def _messages(items: Any, field: str) -> tuple[Message, ...]:
 def _message(item: Any, where: str, position: int) -> Message:
     if not isinstance(item, dict):
         raise RowError(RowCode.FIELD_INVALID, f"{where} must be an object with role and content")
-    _demand_known(item, ("role", "content", "weight"), f"{where} has ")
     role, content = item.get("role"), item.get("content")
+    named = ("name",) if role == "tool" else ()
+    _demand_known(item, ("role", "content", "weight", "tool_calls", "tool_call_id", *named), f"{where} has ")
     if role not in _ROLES:
         raise RowError(RowCode.ROLE_UNKNOWN, f"{where}.role must be one of {', '.join(_ROLES)}")
     if role == "system" and position:
         raise RowError(RowCode.SYSTEM_NOT_FIRST, f"{where}: only the first message may be a system message")
-    content = _text(content, f"{where}.content")
+    calls = () if item.get("tool_calls") is None else read_calls(item["tool_calls"], f"{where}.tool_calls")
+    call_id = "" if item.get("tool_call_id") is None else item["tool_call_id"]
+    if not isinstance(call_id, str):
+        raise RowError(RowCode.CALL_UNKNOWN, f"{where}.tool_call_id must be text")
+    has_words = not calls or content not in (None, "")
+    said = {"role": role, "content": _text(content, f"{where}.content") if has_words else ""}
+    said |= {"tool_calls": calls, "tool_call_id": call_id}
     if "weight" not in item:
-        return Message(role=role, content=content)
+        return Message(**said)
     weight = item["weight"]
     if role != "assistant" or isinstance(weight, bool) or weight not in (0, 1):
         raise RowError(RowCode.WEIGHT_INVALID, f"{where}.weight must be 0 or 1, and the message the assistant's")
-    return Turn(role=role, content=content, weight=0) if weight == 0 else Message(role=role, content=content)
+    return Turn(**said, weight=0) if weight == 0 else Message(**said)
 
 
 def _text(value: Any, where: str) -> str:
@@ -372,16 +364,47 @@ def _text(value: Any, where: str) -> str:
         raise RowError(RowCode.FIELD_INVALID, f"{where} must be text")
     if not value.strip():
         raise RowError(RowCode.CONTENT_EMPTY, f"{where} is empty")
-    if "\0" in value:
-        raise RowError(RowCode.CHARACTER_REFUSED, f"{where} holds a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RowError(RowCode.CHARACTER_REFUSED, f"{where} holds a lone surrogate")
+    check_text(value, where)
     return value
 
 
 def _to_row(message: Message) -> dict[str, Any]:
-    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    row: dict[str, Any] = {"role": message.role}
+    if message.content:
+        row["content"] = message.content
+    if message.tool_calls:
+        row["tool_calls"] = [call_to_row(call) for call in message.tool_calls]
+    if message.tool_call_id:
+        row["tool_call_id"] = message.tool_call_id
     return row | ({"weight": message.weight} if isinstance(message, Turn) else {})
+
+
+def _shown(row: Conversation | Preference) -> dict[str, Any]:
+    """What a row has beside its messages."""
+    tools = {"tools": [tool_to_row(tool) for tool in row.tools]} if row.tools else {}
+    return tools | ({"products": [product.to_row() for product in row.products]} if row.products else {})
+
+
+def _goes_on_with_a_result(sides: Sequence[Sequence[Message]], position: int) -> bool:
+    return any(message.role == "tool" for side in sides for message in side[position : position + 1])
+
+
+def _tools(fields: Mapping[str, Any]) -> tuple[Tool, ...]:
+    """From a list, or as TRL takes it too, from its JSON text."""
+    tools = fields.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools)
+        except ValueError as error:
+            raise RowError(RowCode.TOOL_INVALID, f"tools must be a list, or its JSON text: {error}") from None
+    return () if tools is None else read_tools(tools)
+
+
+def _check_names(items: Sequence[Any], answered: Mapping[int, ToolCall]) -> None:
+    """The names that results have beside their calls'; they say nothing that is not known, and are left out."""
+    for position, call in answered.items():
+        if (name := items[position].get("name")) not in (None, call.name):
+            raise RowError(RowCode.CALL_UNKNOWN, f"a result has the name {name!r}, and answers the call of {call.name}")
 
 
 def _products(items: Any) -> tuple[Product, ...]:
@@ -403,9 +426,10 @@ def _product(item: Any, where: str) -> Product:
 
 
 def _from_sharegpt(row: Any) -> dict[str, Any]:
-    """`{"conversations": [{"from", "value"}, ...], "system"?, "id"?}`; an id names the row for its authors and is left
-    out."""
-    fields = _fields(row, ("conversations", "system", "id"))
+    """`{"conversations": [{"from", "value"}, ...], "system"?, "tools"?, "id"?}`; an id names the row for its authors
+    and is left out. Tools are as LLaMA-Factory has them: a list of functions or its JSON text, calls from
+    `function_call`, each answered by one `observation`."""
+    fields = _fields(row, ("conversations", "system", "tools", "id"))
     turns = fields.get("conversations")
     if not turns:
         raise RowError(RowCode.FIELD_MISSING, "conversations is missing or empty")
@@ -420,8 +444,26 @@ def _from_sharegpt(row: Any) -> dict[str, Any]:
             raise RowError(RowCode.ROLE_UNKNOWN, f"{where}.from must be one of {', '.join(_SHAREGPT_ROLES)}")
         content = _text(turn.get("value"), f"{where}.value")
         weight = {"weight": turn["weight"]} if "weight" in turn else {}
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": content} | weight)
-    return {"messages": messages}
+        said: dict[str, Any] = {"content": content}
+        if speaker == "function_call":
+            said = {"tool_calls": _wrapped(content, f"{where}.value", RowCode.CALL_INVALID)}
+        messages.append({"role": _SHAREGPT_ROLES[speaker]} | said | weight)
+    tools = fields.get("tools") or []
+    return {"messages": messages} | ({"tools": _wrapped(tools, "tools", RowCode.TOOL_INVALID)} if tools else {})
+
+
+def _wrapped(functions: Any, where: str, code: RowCode) -> list[dict[str, Any]]:
+    """Functions, or calls of them, as OpenAI has them: from a list, from one alone, or from the JSON text of either."""
+    if isinstance(functions, str):
+        try:
+            functions = parse_json(functions)
+        except ValueError as error:
+            raise RowError(code, f"{where} must be JSON text: {error}") from None
+    items = functions if isinstance(functions, list) else [functions]
+    return [
+        item if isinstance(item, dict) and "function" in item else {"type": "function", "function": item}
+        for item in items
+    ]
 
 
 def _from_alpaca(row: Any) -> dict[str, Any]:

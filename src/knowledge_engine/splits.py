@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rensa import RMinHash, RMinHashLSH
 
-from knowledge_engine.core import SplitBy
+from knowledge_engine.core import Message, SplitBy
 from knowledge_engine.errors import InvalidSpecError, Reason, Violation
 from knowledge_engine.rows import Conversation, Preference, Row
 
@@ -100,7 +100,7 @@ def group_rows(rows: Rows, split_by: SplitBy) -> list[list[int]]:
 
 def near_duplicates(rows: Rows) -> list[tuple[int, int]]:
     """Pairs of positions, the earlier first, of conversations that say nearly the same; enough of them to connect every
-    group. System messages do not count: all conversations of a shop may share one."""
+    group. System messages and tools do not count: all conversations of a shop may share them."""
     shingles = [_shingles(row) for row in rows]
     sketches = RMinHash.from_token_sets(shingles, num_perm=_PERMUTATIONS, seed=0)
     index = RMinHashLSH(threshold=NEAR, num_perm=_PERMUTATIONS, num_bands=_BANDS)
@@ -130,9 +130,13 @@ def _shingles(row: Conversation | Preference) -> list[str]:
         word
         for message in row.messages
         if message.role != "system"
-        for word in (f"<{message.role}>", *_WORD.findall(message.content.casefold()))
+        for word in (f"<{message.role}>", *_WORD.findall(_said(message).casefold()))
     ]
     return [" ".join(words[at : at + _SHINGLE_WORDS]) for at in range(max(1, len(words) - _SHINGLE_WORDS + 1))]
+
+
+def _said(message: Message) -> str:
+    return " ".join([message.content, *(f"{call.name} {call.arguments}" for call in message.tool_calls)])
 
 
 class _Groups:

@@ -2,7 +2,8 @@
 
 Training and serving both go through here, so they cannot drift: the ids of a prompt are always the first ids of every
 example that goes on from it. Imports `tokenizers` and `jinja2`, never torch. Templates run in Jinja's sandbox and see
-the messages and the names of the special tokens, nothing else; what users write can never become a control token.
+the messages, the tools and the names of the special tokens, nothing else; what users write, in tools, calls and results
+as well, can never become a control token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,14 +27,23 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from knowledge_engine.bases import Base
-from knowledge_engine.core import Message, Truncation
-from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
+from knowledge_engine.core import Message, Tool, ToolCall, Truncation
+from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, RowError, Violation
 from knowledge_engine.files import read_json
+from knowledge_engine.tools import check_calls, strings, tool_to_row
 
 DEFAULT_SYSTEM = "You are a helpful shopping assistant."
 MAX_TEMPLATE_CHARACTERS = 65_536
 _MAX_NAMED_ROWS = 20
 _GOING_ON = Message(role="user", content="Go on.")
+_TRIED_TOOLS = (
+    Tool(
+        name="tried_tool",
+        description="Tried words.",
+        parameters='{"type": "object", "properties": {"tried_key": {"type": "string", "description": "Tried sense."}}}',
+    ),
+)
+_TWO_CALLS, _WORDS_TOO = "two calls in one message", "words beside a call"
 
 # Private characters, which no script uses, stand in for control tokens while a template renders.
 _STAND_IN_FIRST, _STAND_IN_LAST = 0xF0000, 0x10FFFD
@@ -109,6 +120,9 @@ class HasMessages(Protocol):
     @property
     def messages(self) -> Sequence[Message]: ...
 
+    @property
+    def tools(self) -> Sequence[Tool]: ...
+
 
 @dataclass(frozen=True)
 class Example:
@@ -139,8 +153,21 @@ class _Encoded:
     marks: list[int]
 
 
+@dataclass(frozen=True)
+class _CallStyle:
+    """How a template takes calls: what stands for words where there are none, and whether arguments come as the JSON
+    text that OpenAI has, where it has no use for the object of Hugging Face's convention."""
+
+    blank: str | None
+    has_text: bool
+
+
+_CALL_STYLES = tuple(_CallStyle(blank, has_text) for has_text in (False, True) for blank in ("", None))
+
+
 class ChatText:
-    """One base's tokenizer and chat template."""
+    """One base's tokenizer and chat template. `decoder` is the tokenizer for answers: without the control tokens that
+    end them, but with those by which the template writes calls."""
 
     def __init__(self, tokenizer: Tokenizer, template: str, names: Mapping[str, str], stop_token_ids: Iterable[int]):
         """`names` are the special tokens as templates know them, such as `bos_token`.
@@ -151,6 +178,9 @@ class ChatText:
         self.template_digest = f"sha256:{hashlib.sha256(template.encode()).hexdigest()}"
         self._names = dict(names)
         self._template = _compile(template)
+        self._call_style: _CallStyle | None = None
+        self._why_no_tools = ""
+        self._why_no_calls: dict[str, str] = {}
         self._control = {
             token.content: index
             for index, token in tokenizer.get_added_tokens_decoder().items()
@@ -172,6 +202,45 @@ class ChatText:
         except InvalidSpecError as error:
             raise error if error.reason is Reason.CHAT_TEMPLATE_REFUSED else _refused(error.message) from error
         self.stop_token_ids = frozenset({*stop_token_ids, example.input_ids[_last(example.trained)]})
+        self.decoder = self.tokenizer
+        self._try_tools(tokenizer)
+
+    def _try_tools(self, tokenizer: Tokenizer) -> None:
+        """Finds out how the template takes tools, by which tokens it writes and ends a call; or why it takes none. What
+        else a call may come with is tried as well: a name or text of one that was left out may stand elsewhere."""
+        for style in _CALL_STYLES:
+            self._call_style = style
+            try:
+                call = self._tried_call(style)
+            except InvalidSpecError as error:
+                self._why_no_tools = self._why_no_tools or _tried_with("one", error)
+                continue
+            self.stop_token_ids |= {call[-1]}
+            shown = self._control_ids.intersection(call) - self.stop_token_ids
+            self.decoder = _with_control_tokens(
+                tokenizer, {token: index for token, index in self._control.items() if index not in shown}
+            )
+            for what, talk in ((_TWO_CALLS, _tried_talk(num_calls=2)), (_WORDS_TOO, _tried_talk(words="Tried talk."))):
+                try:
+                    self.encode_example(talk, _TRIED_TOOLS)
+                except InvalidSpecError as error:
+                    self._why_no_calls[what] = _tried_with(what, error)
+            return
+        self._call_style = None
+
+    def _tried_call(self, style: _CallStyle) -> list[int]:
+        """The tokens of a turn that calls a tool. Raises InvalidSpecError."""
+        talk = _tried_talk()
+        example = self.encode_example(talk, _TRIED_TOOLS)
+        first = example.trained.index(True)
+        end = example.trained.index(False, first)
+        text = self.render(talk, _TRIED_TOOLS, add_generation_prompt=False)
+        call = text[example.offsets[first][0] : example.offsets[end - 1][1]]
+        if "Tried sense." not in text:
+            raise _toolless("it leaves out what a tool's parameters mean")
+        if "'tried_key'" in call or (style.blank is None and "None" in call):
+            raise _toolless("it writes calls as Python does, not as JSON")
+        return example.input_ids[first:end]
 
     @classmethod
     def load(cls, base: Base) -> ChatText:
@@ -207,42 +276,42 @@ class ChatText:
         """Whether a token steers, such as one that ends a turn; what users write never becomes one."""
         return token_id in self._control_ids
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, add_generation_prompt: bool) -> str:
         """The conversation as the template writes it.
 
         Raises:
-            InvalidSpecError: SPEC_INVALID, the template will not have these messages; CHAT_TEMPLATE_REFUSED.
+            InvalidSpecError: SPEC_INVALID, the template will not have these messages; CHAT_TEMPLATE_REFUSED;
+                TOOLS_UNSUPPORTED, it has no place for tools, or leaves out some of what is said of them.
         """
-        return self._render(messages, add_generation_prompt).text
+        return self._render(messages, tools, add_generation_prompt).text
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids up to where the assistant's next words begin. Raises as `render`."""
-        rendered = self._render(messages, True)
-        return self._encode(rendered, [start for start, _ in self._turns(messages, rendered.text)]).ids
+        rendered = self._render(messages, tools, True)
+        return self._encode(rendered, [start for start, _ in self._turns(messages, tools, rendered.text)]).ids
 
-    def exceeds(self, messages: Sequence[Message], most: int) -> bool:
-        """Whether the messages alone have more than `most` tokens: found as soon as it is, where encoding would look at
-        every turn of a chat anew. What is near `most` is said not to exceed it."""
-        num_tokens = 0
-        for message in messages:
-            content = message.content.strip()  # as templates may
+    def exceeds(self, messages: Sequence[Message], most: int, tools: Sequence[Tool] = ()) -> bool:
+        """Whether the messages and tools alone have more than `most` tokens: found as soon as it is, where encoding
+        would look at every turn of a chat anew. What is near `most` is said not to exceed it."""
+        num_tokens = 0.0
+        for content, share in _contents(messages, tools):
             for start in range(0, len(content), _PIECE_CHARACTERS):
                 piece = content[start : start + _PIECE_CHARACTERS]
                 (encoding,) = self._plain.encode_batch_fast([piece], add_special_tokens=False)
-                num_tokens += max(0, len(encoding) - _SEAM_TOKENS)
+                num_tokens += share * max(0, len(encoding) - _SEAM_TOKENS)
                 if num_tokens > most:
                     return True
         return False
 
-    def encode_example(self, messages: Sequence[Message]) -> Example:
-        """Token ids of a whole conversation; trained are the assistant's turns up to their end-of-turn token, but for
-        those of weight 0.
+    def encode_example(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Example:
+        """Token ids of a whole conversation; trained are the assistant's turns, calls as well, up to their end-of-turn
+        token, but for those of weight 0.
 
         Raises:
-            InvalidSpecError: SPEC_INVALID, CHAT_TEMPLATE_REFUSED.
+            InvalidSpecError: SPEC_INVALID, CHAT_TEMPLATE_REFUSED, TOOLS_UNSUPPORTED.
         """
-        rendered = self._render(messages, False)
-        turns = self._turns(messages, rendered.text)
+        rendered = self._render(messages, tools, False)
+        turns = self._turns(messages, tools, rendered.text)
         encoded = self._encode(rendered, [start for start, _ in turns])
         trained = [False] * len(encoded.ids)
         learned = [message.is_learned for message in messages if message.role == "assistant"]
@@ -257,7 +326,7 @@ class ChatText:
             trained[first : control[-1] + 1] = [True] * (control[-1] + 1 - first)
         return Example(encoded.ids, encoded.offsets, trained)
 
-    def _turns(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    def _turns(self, messages: Sequence[Message], tools: Sequence[Tool], text: str) -> list[tuple[int, int]]:
         """Where in `text`, the rendering of `messages`, each assistant turn starts and ends, its closing included.
 
         A turn is what its rendering as the last one and the rendering of a conversation that goes on have in common:
@@ -267,11 +336,11 @@ class ChatText:
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self.render(messages[:index], add_generation_prompt=True)
-            through = self.render(messages[: index + 1], add_generation_prompt=False)
+            before = self.render(messages[:index], tools, add_generation_prompt=True)
+            through = self.render(messages[: index + 1], tools, add_generation_prompt=False)
             going_on = text
             if index + 1 == len(messages):
-                going_on = self.render([*messages, _GOING_ON], add_generation_prompt=False)
+                going_on = self.render([*messages, *_what_follows(message)], tools, add_generation_prompt=False)
             end = self._end_of_turn(through, going_on)
             is_whole = end and message.content.strip() in through[len(before) : end]
             if not (text.startswith(before) and text[:end] == through[:end] and is_whole):
@@ -279,6 +348,8 @@ class ChatText:
                     "it writes the beginning of a conversation in another way once the conversation goes on, so what "
                     "was trained would not be what is asked"
                 )
+            if missing := _missing(message, through[len(before) : end]):
+                raise _toolless(f"it leaves out {missing[:60]!r}, of a call in message {index + 1}")
             turns.append((len(before), end))
         return turns
 
@@ -291,31 +362,63 @@ class ChatText:
                 end = token.start()
         return 0 if self._closing.sub("", through[end:]) else end
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> _Rendered:
-        stand_ins: dict[str, str] = {}
-
-        def hide(match: re.Match[str]) -> str:
-            code = _STAND_IN_FIRST + len(stand_ins)
-            if code > _STAND_IN_LAST:
-                raise InvalidSpecError("the messages hold too many private-use characters")
-            return stand_ins.setdefault(match[0], chr(code)) * len(match[0])
-
-        hidden = [{"role": item.role, "content": self._protected.sub(hide, item.content)} for item in messages]
+    def _render(self, messages: Sequence[Message], tools: Sequence[Tool], add_generation_prompt: bool) -> _Rendered:
+        try:
+            answered = check_calls(messages, tools)
+        except RowError as error:
+            raise InvalidSpecError(str(error)) from None
+        if tools and self._call_style is None:
+            raise _toolless(self._why_no_tools)
+        for message in messages:
+            what = {_TWO_CALLS: len(message.tool_calls) > 1, _WORDS_TOO: message.tool_calls and message.content}
+            if why := next((why for name, why in self._why_no_calls.items() if what[name]), ""):
+                raise _toolless(why)
+        stand_ins = _StandIns(self._protected)
+        hidden = [self._hidden(item, answered.get(index), stand_ins) for index, item in enumerate(messages)]
+        shown = [stand_ins.hide_all(tool_to_row(tool)) for tool in tools]
         try:
             text = self._template.render(
-                messages=hidden, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self._names
+                messages=hidden,
+                add_generation_prompt=add_generation_prompt,
+                tools=shown or None,
+                documents=None,
+                **self._names,
             )
         except _TemplateRefusalError as error:
-            raise InvalidSpecError(f"the base's chat template refuses these messages: {str(error)[:300]}") from error
+            raise InvalidSpecError(f"{_TEMPLATE}refuses these messages: {str(error)[:300]}") from error
         except Exception as error:  # a template is data: whatever it breaks, it is the template's fault
             raise _refused(f"{type(error).__name__}: {str(error)[:300]}") from error
+        for function in (tool["function"] for tool in shown):
+            if not all(_count(words.strip(), text) for words in (function["name"], function.get("description", ""))):
+                raise _toolless(f"it leaves out the tool {function['name']}, or its description")
         for number, item in enumerate(hidden, 1):
-            if item["content"].strip() not in text:
+            content = (item["content"] or "").strip()
+            if content not in text and not (item["role"] == "tool" and _count(content, text)):
                 raise InvalidSpecError(
-                    f"the base's chat template leaves out message {number}, which is the {item['role']}'s; put its "
-                    "text into a message that the template takes"
+                    f"{_TEMPLATE}leaves out message {number}, which is the {item['role']}'s; put its text into a "
+                    "message that the template takes"
                 )
-        return self._restore(text, {stand_in: literal for literal, stand_in in stand_ins.items()})
+        return self._restore(text, stand_ins.literals)
+
+    def _hidden(self, message: Message, answered: ToolCall | None, stand_ins: _StandIns) -> dict[str, Any]:
+        """A message as templates take it; `answered` is the call whose result it is."""
+        hidden: dict[str, Any] = {"role": message.role, "content": stand_ins.hide(message.content)}
+        if answered is not None:
+            hidden |= {"content": stand_ins.hide_all(message.content), "name": answered.name}
+            if answered.id:
+                hidden["tool_call_id"] = stand_ins.hide_all(answered.id)
+        if (style := self._call_style) is None or not message.tool_calls:
+            return hidden
+        hidden["content"] = hidden["content"] or style.blank
+        hidden["tool_calls"] = []
+        for call in message.tool_calls:
+            arguments = stand_ins.hide_all(json.loads(call.arguments))
+            arguments = json.dumps(arguments, ensure_ascii=False) if style.has_text else arguments
+            named = {"id": stand_ins.hide_all(call.id)} if call.id else {}
+            hidden["tool_calls"].append(
+                named | {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+            )
+        return hidden
 
     def _restore(self, text: str, literals: Mapping[str, str]) -> _Rendered:
         """Puts back what stood-in characters stand for; each stands as often as its literal is long."""
@@ -382,6 +485,77 @@ class ChatText:
         return done
 
 
+class _StandIns:
+    """Private characters for what must not become a control token while a template renders, each as often as its
+    literal is long; `literals` says what they stand for."""
+
+    def __init__(self, protected: re.Pattern[str]) -> None:
+        self.literals: dict[str, str] = {}
+        self._protected = protected
+        self._codes: dict[str, str] = {}
+
+    def hide(self, text: str) -> str:
+        return self._protected.sub(self._stand_in, text)
+
+    def hide_all(self, value: Any) -> Any:
+        """The same for every text in a JSON value, which a template may write as JSON."""
+        if isinstance(value, str):
+            for match in self._protected.finditer(value):
+                if _json(match[0]) != match[0]:
+                    raise InvalidSpecError(
+                        f"a tool, call or result holds {match[0]!r}, a control token of this base that JSON has to "
+                        "write in another way"
+                    )
+            return self.hide(value)
+        if isinstance(value, Mapping):
+            return {self.hide_all(key): self.hide_all(item) for key, item in value.items()}
+        return [self.hide_all(item) for item in value] if isinstance(value, list) else value
+
+    def _stand_in(self, match: re.Match[str]) -> str:
+        code = _STAND_IN_FIRST + len(self._codes)
+        if code > _STAND_IN_LAST:
+            raise InvalidSpecError("the messages hold too many private-use characters")
+        stand_in = self._codes.setdefault(match[0], chr(code))
+        self.literals[stand_in] = match[0]
+        return stand_in * len(match[0])
+
+
+def _contents(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[tuple[str, float]]:
+    """Every text of a conversation, and the share of its tokens that is in the prompt at least: templates write schemas
+    and arguments in ways of their own."""
+    for message in messages:
+        yield message.content.strip(), 1
+        yield from ((call.arguments, 0.25) for call in message.tool_calls)
+    for tool in tools:
+        yield tool.description.strip(), 1
+        yield tool.parameters, 0.25
+
+
+def _what_follows(message: Message) -> Sequence[Message]:
+    """What may come behind a message of the assistant."""
+    results = [Message(role="tool", content="Done.", tool_call_id=call.id) for call in message.tool_calls]
+    return results or [_GOING_ON]
+
+
+def _missing(message: Message, turn: str) -> str:
+    """A name or text of the message's calls that its turn has too seldom, beside its words; empty where it has all."""
+    text = turn.replace(message.content.strip(), "", 1)
+    wanted = Counter(call.name for call in message.tool_calls)
+    for arguments, number in Counter(call.arguments for call in message.tool_calls).items():
+        if text.count(arguments) < number:  # written as something else than JSON
+            wanted.update(list(strings(json.loads(arguments))) * number)
+    return next((words for words, number in wanted.items() if _count(words, text) < number), "")
+
+
+def _count(words: str, text: str) -> int:
+    """How often `text` has them, as they are or as JSON writes them."""
+    return max(text.count(words), text.count(_json(words)))
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
 def _masked(text: str, quoted: Sequence[tuple[int, int]]) -> str:
     """The text with stand-ins for its quoted parts, which come in order."""
     pieces, position = [], 0
@@ -408,6 +582,7 @@ class Fitted:
     example: Example | None
     messages: Sequence[Message]
     change: str
+    tools: Sequence[Tool] = ()
 
 
 def fit_conversations(
@@ -421,11 +596,12 @@ def fit_conversations(
     `conversations_per_row` of them on end are one row. What is wrong with rows is raised at the end.
 
     `truncation` decides about longer ones: an error; dropped; or without its first turns, the system message kept, so
-    that what is left begins with the user, and dropped where even the last turns are too long. No turn is ever cut.
+    that what is left begins with the user, and dropped where even the last turns are too long. No turn is ever cut, and
+    no result parted from its call, as calls are answered before the user speaks again. The tools stay.
 
     Raises:
-        InvalidSpecError: EXAMPLE_TOO_LONG or NOTHING_TO_TRAIN, naming rows; SPEC_INVALID or CHAT_TEMPLATE_REFUSED,
-            naming the first row that the template does not take.
+        InvalidSpecError: EXAMPLE_TOO_LONG or NOTHING_TO_TRAIN, naming rows; SPEC_INVALID, CHAT_TEMPLATE_REFUSED or
+            TOOLS_UNSUPPORTED, naming the first row that the template does not take.
     """
     num_examples = 0
     too_long: list[Violation] = []
@@ -472,13 +648,13 @@ def fit_conversation(
     conversation: HasMessages, text: ChatText, max_length: int, truncation: Truncation = Truncation.ERROR
 ) -> Fitted:
     """As `fit_conversations`, of one, with sentences that do not name a row."""
-    messages = conversation.messages
-    example = text.encode_example(messages)
+    messages, tools = conversation.messages, conversation.tools
+    example = text.encode_example(messages, tools)
     if not any(example.trained[1:]):
         raise InvalidSpecError("holds no assistant turn", reason=Reason.NOTHING_TO_TRAIN)
     length = len(example.input_ids)
     if length <= max_length:
-        return Fitted(example, messages, "")
+        return Fitted(example, messages, "", tools)
     has = f"has {length} tokens, more than max_length ({max_length})"
     if truncation is Truncation.ERROR:
         raise InvalidSpecError(has, reason=Reason.EXAMPLE_TOO_LONG)
@@ -488,12 +664,12 @@ def fit_conversation(
             if messages[start].role != "user":
                 continue
             rest = [*kept, *messages[start:]]
-            example = text.encode_example(rest)
+            example = text.encode_example(rest, tools)
             if not any(example.trained[1:]):
                 break
             if len(example.input_ids) <= max_length:
                 left_out = start - len(kept)
-                return Fitted(example, rest, f"{has}: its first {left_out} messages are left out")
+                return Fitted(example, rest, f"{has}: its first {left_out} messages are left out", tools)
     return Fitted(None, (), f"{has}: dropped")
 
 
@@ -512,7 +688,8 @@ def with_one_prompt(
     if any(side.example is None for side in sides) or num_system + left_out >= num_prompt:
         return tuple(Fitted(None, (), f"{change.partition(': ')[0]}: dropped") for _ in sides)
     kept = [[*each.messages[:num_system], *each.messages[num_system + left_out :]] for each in whole]
-    return tuple(Fitted(text.encode_example(messages), messages, change) for messages in kept)
+    tools = whole[0].tools
+    return tuple(Fitted(text.encode_example(messages, tools), messages, change, tools) for messages in kept)
 
 
 def read_template(folder: Path) -> str:
@@ -573,7 +750,39 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _refused(why: str) -> InvalidSpecError:
-    return InvalidSpecError(f"the base's chat template cannot be used: {why}", reason=Reason.CHAT_TEMPLATE_REFUSED)
+    return InvalidSpecError(f"{_TEMPLATE}cannot be used: {why}", reason=Reason.CHAT_TEMPLATE_REFUSED)
+
+
+def _tried_talk(num_calls: int = 1, words: str = "") -> list[Message]:
+    """Two questions that are answered with calls, each with an id of the length that Mistral's templates ask for."""
+    talk: list[Message] = []
+    for question in range(2):
+        calls = [
+            ToolCall(
+                id=f"tried{question}{call:03}", name="tried_tool", arguments=f'{{"tried_key": "tried value {call}"}}'
+            )
+            for call in range(num_calls)
+        ]
+        talk += [
+            Message(role="user", content="Hello"),
+            Message(role="assistant", content=words, tool_calls=tuple(calls)),
+            *(Message(role="tool", content=f"tried result {call.id}", tool_call_id=call.id) for call in calls),
+            Message(role="assistant", content="Hi"),
+        ]
+    return talk
+
+
+def _tried_with(what: str, error: InvalidSpecError) -> str:
+    why = error.message.removeprefix(_TOOLLESS).removeprefix("it ").removeprefix(_TEMPLATE)
+    return f"tried with {what}, it {why}"
+
+
+def _toolless(why: str) -> InvalidSpecError:
+    return InvalidSpecError(f"{_TOOLLESS}{why}", reason=Reason.TOOLS_UNSUPPORTED)
+
+
+_TEMPLATE = "the base's chat template "
+_TOOLLESS = f"{_TEMPLATE}does not take tools: "
 
 
 def _last(flags: Sequence[bool]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,6 +14,8 @@ from knowledge_engine.cli.output import JsonOption, ServerOption, connect, plain
 if TYPE_CHECKING:
     from knowledge_engine.client import Client
     from knowledge_engine.core import TokenLogprob
+
+_Json = TypeVar("_Json", dict[str, Any], list[Any])
 
 
 def chat(
@@ -41,12 +43,16 @@ def chat(
     top_logprobs: Annotated[
         int | None, typer.Option(help="With --json: how likely each token was, and others.")
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file: the tools it may call, a list as OpenAI has it.", exists=True, dir_okay=False),
+    ] = None,
     json: JsonOption = False,
     server: ServerOption = None,
 ) -> None:
     """Talk to a model. Ctrl-C cancels the answer; with --json one piece a line, the facts last."""
     options = {
-        "context": _read_object("--context", context),
+        "context": _read("--context", context, dict),
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -57,13 +63,16 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
-        "json_schema": _read_object("--json-schema", json_schema),
+        "json_schema": _read("--json-schema", json_schema, dict),
         "regex": regex,
         "logprobs": True if top_logprobs is not None else None,
         "top_logprobs": top_logprobs,
+        "tools": _read("--tools", tools, list),
     }
     if top_logprobs is not None and not json:
         raise typer.BadParameter("--top-logprobs needs --json")
+    if tools is not None and message is None:
+        raise typer.BadParameter("--tools needs a question: in a conversation nobody answers the calls")
     turns = [{"role": "system", "content": system}] if system else []
     with connect(server) as client:
         if message is not None:
@@ -117,13 +126,13 @@ def _read_question() -> str | None:
     return line.strip()
 
 
-def _read_object(option: str, path: Path | None) -> dict[str, Any] | None:
+def _read(option: str, path: Path | None, kind: type[_Json]) -> _Json | None:
     if path is None:
         return None
     try:
         value = jsonlib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise typer.BadParameter(f"{option} {path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"{option} {path} must hold one JSON object")
+    if not isinstance(value, kind):
+        raise typer.BadParameter(f"{option} {path} must hold one JSON {'object' if kind is dict else 'list'}")
     return value

@@ -344,7 +344,7 @@ class Engine:
         model.adapters.prove = SelfTest(model, base, text, precision).demand
         grammars = Grammars(text.tokenizer, model.vocabulary_size, text.stop_token_ids)
         max_active = self._settings.max_active_streams
-        scheduler = Scheduler(model, text.tokenizer, grammars, base.context_length, max_active, self._metrics)
+        scheduler = Scheduler(model, text.decoder, grammars, base.context_length, max_active, self._metrics)
         return scheduler, EngineStatus(
             state="ready",
             detail=self._origin,

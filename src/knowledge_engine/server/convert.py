@@ -16,8 +16,8 @@ from google.protobuf.message import Message as ProtoMessage
 from google.rpc import status_pb2
 from pydantic import BaseModel, ValidationError
 
-from knowledge_engine import core, errors
-from knowledge_engine.errors import InvalidSpecError, Reason, Violation
+from knowledge_engine import core, errors, tools
+from knowledge_engine.errors import InvalidSpecError, Reason, RowError, Violation
 from knowledge_engine.server.status import to_status
 from knowledge_engine.state import Request
 from knowledge_engine.training.estimate import Estimate
@@ -149,13 +149,36 @@ def preview_spec(proto: datasets_pb2.PreviewDatasetRequest) -> core.PreviewSpec:
 
 def generation_input(proto: inference_pb2.GenerationInput) -> core.GenerationInput:
     """Raises InvalidSpecError: paths begin with `input`."""
-    values = _set_scalars(proto, skip={"model", "messages", "context", "stop"})
+    values = _set_scalars(proto, skip={"model", "messages", "context", "stop", "tools"})
     values["model"], values["version"] = _model_and_version(proto.model)
-    values["messages"] = tuple({"role": item.role, "content": item.content} for item in proto.messages)
     values["stop"] = tuple(proto.stop)
     if proto.HasField("context"):
         values["context"] = _plain_struct(proto.context)
-    return _validated(core.GenerationInput, values, "input")
+    try:
+        values["messages"] = tuple(_message(item, f"messages[{at}]") for at, item in enumerate(proto.messages))
+        tools.demand_few(proto.tools, "tools")
+        values["tools"] = tuple(
+            tools.make_tool(item.name, item.description, item.parameters, f"tools[{at}]")
+            for at, item in enumerate(proto.tools)
+        )
+        asked = _validated(core.GenerationInput, values, "input")
+        tools.check_tools(asked.tools)
+        tools.check_calls(asked.messages, asked.tools)
+    except RowError as error:
+        place = str(error).partition(" ")[0].removesuffix(":")  # its sentence begins with it
+        raise InvalidSpecError(
+            f"input.{error}", violations=[Violation(f"input.{place}", str(error), error.code)]
+        ) from None
+    return asked
+
+
+def _message(proto: inference_pb2.Message, where: str) -> dict[str, Any]:
+    tools.demand_few(proto.tool_calls, f"{where}.tool_calls")
+    calls = tuple(
+        tools.make_call(call.name, call.arguments, call.id, f"{where}.tool_calls[{at}]")
+        for at, call in enumerate(proto.tool_calls)
+    )
+    return {"role": proto.role, "content": proto.content, "tool_calls": calls, "tool_call_id": proto.tool_call_id}
 
 
 def upload_metadata(

@@ -579,9 +579,10 @@ def _encode(asked: core.GenerationInput, base: Base, text: ChatText) -> list[int
     characters = sum(len(message.content) for message in messages)
     if characters > base.context_length * 64:
         raise _too_long(characters // 64, 1, base.context_length)
-    if characters > base.context_length and text.exceeds(messages, base.context_length):
+    has_tools = bool(asked.tools)
+    if (has_tools or characters > base.context_length) and text.exceeds(messages, base.context_length, asked.tools):
         raise _too_long(base.context_length, 1, base.context_length)
-    return text.encode_prompt(messages)
+    return text.encode_prompt(messages, asked.tools)
 
 
 def _too_long(prompt_tokens: int, max_tokens: int, context_length: int) -> InvalidSpecError:

@@ -32,12 +32,16 @@ class _DatasetKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DatasetKi
     DATASET_KIND_CONVERSATIONS: _DatasetKind.ValueType  # 1
     """Chat JSONL: one `{"messages": [{"role", "content", "weight"}, ...], "products"}` a line. `weight` 0 on a message of
     the assistant shows it and learns nothing from it; `products` are the rows of a catalogue that the prompt shows.
+    With tools as OpenAI's fine-tuning has them: `tools` in the row, `tool_calls` on messages of the assistant, whose
+    content may then be missing, and their results in the role `tool`, with `tool_call_id` where the calls have an `id`,
+    else in the calls' order. TRL's layout is taken as well: arguments as an object, `name` on a result, `tools` as text.
+    `parallel_tool_calls` false refuses a message with several calls.
     """
     DATASET_KIND_CATALOGUE: _DatasetKind.ValueType  # 2
     """Products: `id`, `title`, `price`, `currency`, `category`, `brand`, `description`, `attributes`, `in_stock`."""
     DATASET_KIND_PREFERENCES: _DatasetKind.ValueType  # 3
     """Two answers of which one is better, one `{"prompt", "chosen", "rejected"}` a line, each a list of messages; without
-    `prompt`, what both answers begin with is the prompt.
+    `prompt`, what both answers begin with is the prompt. `tools` as in conversations.
     """
     DATASET_KIND_EVALUATION: _DatasetKind.ValueType  # 4
     """Conversations to measure models on, never to train them; laid out as conversations."""
@@ -50,12 +54,16 @@ DATASET_KIND_UNSPECIFIED: DatasetKind.ValueType  # 0
 DATASET_KIND_CONVERSATIONS: DatasetKind.ValueType  # 1
 """Chat JSONL: one `{"messages": [{"role", "content", "weight"}, ...], "products"}` a line. `weight` 0 on a message of
 the assistant shows it and learns nothing from it; `products` are the rows of a catalogue that the prompt shows.
+With tools as OpenAI's fine-tuning has them: `tools` in the row, `tool_calls` on messages of the assistant, whose
+content may then be missing, and their results in the role `tool`, with `tool_call_id` where the calls have an `id`,
+else in the calls' order. TRL's layout is taken as well: arguments as an object, `name` on a result, `tools` as text.
+`parallel_tool_calls` false refuses a message with several calls.
 """
 DATASET_KIND_CATALOGUE: DatasetKind.ValueType  # 2
 """Products: `id`, `title`, `price`, `currency`, `category`, `brand`, `description`, `attributes`, `in_stock`."""
 DATASET_KIND_PREFERENCES: DatasetKind.ValueType  # 3
 """Two answers of which one is better, one `{"prompt", "chosen", "rejected"}` a line, each a list of messages; without
-`prompt`, what both answers begin with is the prompt.
+`prompt`, what both answers begin with is the prompt. `tools` as in conversations.
 """
 DATASET_KIND_EVALUATION: DatasetKind.ValueType  # 4
 """Conversations to measure models on, never to train them; laid out as conversations."""
@@ -74,8 +82,9 @@ class _DatasetFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dataset
     DATASET_FORMAT_CSV: _DatasetFormat.ValueType  # 2
     """Comma-separated with a header line, UTF-8; catalogues only. Columns beyond the product's fields are its attributes."""
     DATASET_FORMAT_SHAREGPT: _DatasetFormat.ValueType  # 3
-    """ShareGPT, for conversations and evaluations: `{"conversations": [{"from", "value"}, ...], "system", "id"}`, as one
-    JSON array or one object a line. The id is left out.
+    """ShareGPT, for conversations and evaluations: `{"conversations": [{"from", "value"}, ...], "system", "tools", "id"}`,
+    as one JSON array or one object a line. The id is left out. `tools` is a list of functions or its JSON text, from
+    `function_call` comes the JSON text of one, and from `observation` its result.
     """
     DATASET_FORMAT_ALPACA: _DatasetFormat.ValueType  # 4
     """Alpaca, for conversations and evaluations: `{"instruction", "input", "output", "system", "history"}`, as one JSON
@@ -92,8 +101,9 @@ DATASET_FORMAT_JSONL: DatasetFormat.ValueType  # 1
 DATASET_FORMAT_CSV: DatasetFormat.ValueType  # 2
 """Comma-separated with a header line, UTF-8; catalogues only. Columns beyond the product's fields are its attributes."""
 DATASET_FORMAT_SHAREGPT: DatasetFormat.ValueType  # 3
-"""ShareGPT, for conversations and evaluations: `{"conversations": [{"from", "value"}, ...], "system", "id"}`, as one
-JSON array or one object a line. The id is left out.
+"""ShareGPT, for conversations and evaluations: `{"conversations": [{"from", "value"}, ...], "system", "tools", "id"}`,
+as one JSON array or one object a line. The id is left out. `tools` is a list of functions or its JSON text, from
+`function_call` comes the JSON text of one, and from `observation` its result.
 """
 DATASET_FORMAT_ALPACA: DatasetFormat.ValueType  # 4
 """Alpaca, for conversations and evaluations: `{"instruction", "input", "output", "system", "history"}`, as one JSON

@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#knowledge_engine/v1/inference.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"4\n\x07Message\x12\x12\n\x04role\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\x07\x63ontent\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"\x8c\x06\n\x0fGenerationInput\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x34\n\x08messages\x18\x02 \x03(\x0b\x32\x1c.knowledge_engine.v1.MessageB\x04\xe2\x41\x01\x02\x12.\n\x07\x63ontext\x18\x03 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x01\x12\x1d\n\nmax_tokens\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x1e\n\x0btemperature\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x18\n\x05top_p\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x18\n\x05top_k\x18\x07 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12\x12\n\x04stop\x18\x08 \x03(\tB\x04\xe2\x41\x01\x01\x12\x17\n\x04seed\x18\t \x01(\x03\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12\x18\n\x05min_p\x18\n \x01(\x01\x42\x04\xe2\x41\x01\x01H\x05\x88\x01\x01\x12%\n\x12repetition_penalty\x18\x0b \x01(\x01\x42\x04\xe2\x41\x01\x01H\x06\x88\x01\x01\x12#\n\x10presence_penalty\x18\x0c \x01(\x01\x42\x04\xe2\x41\x01\x01H\x07\x88\x01\x01\x12$\n\x11\x66requency_penalty\x18\r \x01(\x01\x42\x04\xe2\x41\x01\x01H\x08\x88\x01\x01\x12\x1e\n\x0bjson_schema\x18\x0e \x01(\tB\x04\xe2\x41\x01\x01H\t\x88\x01\x01\x12\x18\n\x05regex\x18\x0f \x01(\tB\x04\xe2\x41\x01\x01H\n\x88\x01\x01\x12\x14\n\x01n\x18\x10 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0b\x88\x01\x01\x12\x1b\n\x08logprobs\x18\x11 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x0c\x88\x01\x01\x12\x1f\n\x0ctop_logprobs\x18\x12 \x01(\x05\x42\x04\xe2\x41\x01\x01H\r\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0e\n\x0c_json_schemaB\x08\n\x06_regexB\x04\n\x02_nB\x0b\n\t_logprobsB\x0f\n\r_top_logprobs\"\x9d\x01\n\x0cTokenLogprob\x12\x16\n\x08token_id\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05\x62ytes\x18\x02 \x01(\x0c\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07logprob\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x34\n\x03top\x18\x05 \x03(\x0b\x32!.knowledge_engine.v1.TokenLogprobB\x04\xe2\x41\x01\x03\"\xdc\x02\n\nCompletion\x12>\n\rfinish_reason\x18\x01 \x01(\x0e\x32!.knowledge_engine.v1.FinishReasonB\x04\xe2\x41\x01\x03\x12/\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.knowledge_engine.v1.UsageB\x04\xe2\x41\x01\x03\x12\x13\n\x05model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12<\n\x13time_to_first_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x33\n\ntotal_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12?\n\x0e\x66inish_reasons\x18\x07 \x03(\x0e\x32!.knowledge_engine.v1.FinishReasonB\x04\xe2\x41\x01\x03\"E\n\x05Usage\x12\x1b\n\rprompt_tokens\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\"L\n\x0fGenerateRequest\x12\x39\n\x05input\x18\x01 \x01(\x0b\x32$.knowledge_engine.v1.GenerationInputB\x04\xe2\x41\x01\x02\"\x95\x01\n\x10GenerateResponse\x12\x12\n\x04text\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x39\n\ncompletion\x18\x02 \x01(\x0b\x32\x1f.knowledge_engine.v1.CompletionB\x04\xe2\x41\x01\x03\x12\x32\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x1b.knowledge_engine.v1.ChoiceB\x04\xe2\x41\x01\x03\"W\n\x06\x43hoice\x12\x12\n\x04text\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x39\n\x08logprobs\x18\x02 \x03(\x0b\x32!.knowledge_engine.v1.TokenLogprobB\x04\xe2\x41\x01\x03\"R\n\x15StreamGenerateRequest\x12\x39\n\x05input\x18\x01 \x01(\x0b\x32$.knowledge_engine.v1.GenerationInputB\x04\xe2\x41\x01\x02\"\xb5\x01\n\x16StreamGenerateResponse\x12\x14\n\ntext_delta\x18\x01 \x01(\tH\x00\x12\x35\n\ncompletion\x18\x02 \x01(\x0b\x32\x1f.knowledge_engine.v1.CompletionH\x00\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\x05\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.knowledge_engine.v1.TokenLogprobB\t\n\x07payload*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd8\x01\n\x10InferenceService\x12W\n\x08Generate\x12$.knowledge_engine.v1.GenerateRequest\x1a%.knowledge_engine.v1.GenerateResponse\x12k\n\x0eStreamGenerate\x12*.knowledge_engine.v1.StreamGenerateRequest\x1a+.knowledge_engine.v1.StreamGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#knowledge_engine/v1/inference.proto\x12\x13knowledge_engine.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x89\x01\n\x07Message\x12\x12\n\x04role\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\x07\x63ontent\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x37\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1d.knowledge_engine.v1.ToolCallB\x04\xe2\x41\x01\x01\x12\x1a\n\x0ctool_call_id\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\"O\n\x04Tool\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x19\n\x0b\x64\x65scription\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nparameters\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"I\n\x08ToolCall\x12\x10\n\x02id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x12\n\x04name\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\targuments\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\"\xbc\x06\n\x0fGenerationInput\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x34\n\x08messages\x18\x02 \x03(\x0b\x32\x1c.knowledge_engine.v1.MessageB\x04\xe2\x41\x01\x02\x12.\n\x07\x63ontext\x18\x03 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x01\x12\x1d\n\nmax_tokens\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x1e\n\x0btemperature\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x18\n\x05top_p\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x18\n\x05top_k\x18\x07 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12\x12\n\x04stop\x18\x08 \x03(\tB\x04\xe2\x41\x01\x01\x12\x17\n\x04seed\x18\t \x01(\x03\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12\x18\n\x05min_p\x18\n \x01(\x01\x42\x04\xe2\x41\x01\x01H\x05\x88\x01\x01\x12%\n\x12repetition_penalty\x18\x0b \x01(\x01\x42\x04\xe2\x41\x01\x01H\x06\x88\x01\x01\x12#\n\x10presence_penalty\x18\x0c \x01(\x01\x42\x04\xe2\x41\x01\x01H\x07\x88\x01\x01\x12$\n\x11\x66requency_penalty\x18\r \x01(\x01\x42\x04\xe2\x41\x01\x01H\x08\x88\x01\x01\x12\x1e\n\x0bjson_schema\x18\x0e \x01(\tB\x04\xe2\x41\x01\x01H\t\x88\x01\x01\x12\x18\n\x05regex\x18\x0f \x01(\tB\x04\xe2\x41\x01\x01H\n\x88\x01\x01\x12\x14\n\x01n\x18\x10 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0b\x88\x01\x01\x12\x1b\n\x08logprobs\x18\x11 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x0c\x88\x01\x01\x12\x1f\n\x0ctop_logprobs\x18\x12 \x01(\x05\x42\x04\xe2\x41\x01\x01H\r\x88\x01\x01\x12.\n\x05tools\x18\x13 \x03(\x0b\x32\x19.knowledge_engine.v1.ToolB\x04\xe2\x41\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0e\n\x0c_json_schemaB\x08\n\x06_regexB\x04\n\x02_nB\x0b\n\t_logprobsB\x0f\n\r_top_logprobs\"\x9d\x01\n\x0cTokenLogprob\x12\x16\n\x08token_id\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05\x62ytes\x18\x02 \x01(\x0c\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07logprob\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x34\n\x03top\x18\x05 \x03(\x0b\x32!.knowledge_engine.v1.TokenLogprobB\x04\xe2\x41\x01\x03\"\xdc\x02\n\nCompletion\x12>\n\rfinish_reason\x18\x01 \x01(\x0e\x32!.knowledge_engine.v1.FinishReasonB\x04\xe2\x41\x01\x03\x12/\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.knowledge_engine.v1.UsageB\x04\xe2\x41\x01\x03\x12\x13\n\x05model\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12<\n\x13time_to_first_token\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x33\n\ntotal_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12?\n\x0e\x66inish_reasons\x18\x07 \x03(\x0e\x32!.knowledge_engine.v1.FinishReasonB\x04\xe2\x41\x01\x03\"E\n\x05Usage\x12\x1b\n\rprompt_tokens\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\"L\n\x0fGenerateRequest\x12\x39\n\x05input\x18\x01 \x01(\x0b\x32$.knowledge_engine.v1.GenerationInputB\x04\xe2\x41\x01\x02\"\x95\x01\n\x10GenerateResponse\x12\x12\n\x04text\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x39\n\ncompletion\x18\x02 \x01(\x0b\x32\x1f.knowledge_engine.v1.CompletionB\x04\xe2\x41\x01\x03\x12\x32\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x1b.knowledge_engine.v1.ChoiceB\x04\xe2\x41\x01\x03\"W\n\x06\x43hoice\x12\x12\n\x04text\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x39\n\x08logprobs\x18\x02 \x03(\x0b\x32!.knowledge_engine.v1.TokenLogprobB\x04\xe2\x41\x01\x03\"R\n\x15StreamGenerateRequest\x12\x39\n\x05input\x18\x01 \x01(\x0b\x32$.knowledge_engine.v1.GenerationInputB\x04\xe2\x41\x01\x02\"\xb5\x01\n\x16StreamGenerateResponse\x12\x14\n\ntext_delta\x18\x01 \x01(\tH\x00\x12\x35\n\ncompletion\x18\x02 \x01(\x0b\x32\x1f.knowledge_engine.v1.CompletionH\x00\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\x05\x12\x33\n\x08logprobs\x18\x04 \x03(\x0b\x32!.knowledge_engine.v1.TokenLogprobB\t\n\x07payload*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd8\x01\n\x10InferenceService\x12W\n\x08Generate\x12$.knowledge_engine.v1.GenerateRequest\x1a%.knowledge_engine.v1.GenerateResponse\x12k\n\x0eStreamGenerate\x12*.knowledge_engine.v1.StreamGenerateRequest\x1a+.knowledge_engine.v1.StreamGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,7 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE'].fields_by_name['role']._loaded_options = None
   _globals['_MESSAGE'].fields_by_name['role']._serialized_options = b'\342A\001\002'
   _globals['_MESSAGE'].fields_by_name['content']._loaded_options = None
-  _globals['_MESSAGE'].fields_by_name['content']._serialized_options = b'\342A\001\002'
+  _globals['_MESSAGE'].fields_by_name['content']._serialized_options = b'\342A\001\001'
+  _globals['_MESSAGE'].fields_by_name['tool_calls']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['tool_calls']._serialized_options = b'\342A\001\001'
+  _globals['_MESSAGE'].fields_by_name['tool_call_id']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['tool_call_id']._serialized_options = b'\342A\001\001'
+  _globals['_TOOL'].fields_by_name['name']._loaded_options = None
+  _globals['_TOOL'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_TOOL'].fields_by_name['description']._loaded_options = None
+  _globals['_TOOL'].fields_by_name['description']._serialized_options = b'\342A\001\001'
+  _globals['_TOOL'].fields_by_name['parameters']._loaded_options = None
+  _globals['_TOOL'].fields_by_name['parameters']._serialized_options = b'\342A\001\001'
+  _globals['_TOOLCALL'].fields_by_name['id']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['id']._serialized_options = b'\342A\001\001'
+  _globals['_TOOLCALL'].fields_by_name['name']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['name']._serialized_options = b'\342A\001\002'
+  _globals['_TOOLCALL'].fields_by_name['arguments']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['arguments']._serialized_options = b'\342A\001\002'
   _globals['_GENERATIONINPUT'].fields_by_name['model']._loaded_options = None
   _globals['_GENERATIONINPUT'].fields_by_name['model']._serialized_options = b'\342A\001\002'
   _globals['_GENERATIONINPUT'].fields_by_name['messages']._loaded_options = None
@@ -74,6 +90,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONINPUT'].fields_by_name['logprobs']._serialized_options = b'\342A\001\001'
   _globals['_GENERATIONINPUT'].fields_by_name['top_logprobs']._loaded_options = None
   _globals['_GENERATIONINPUT'].fields_by_name['top_logprobs']._serialized_options = b'\342A\001\001'
+  _globals['_GENERATIONINPUT'].fields_by_name['tools']._loaded_options = None
+  _globals['_GENERATIONINPUT'].fields_by_name['tools']._serialized_options = b'\342A\001\001'
   _globals['_TOKENLOGPROB'].fields_by_name['token_id']._loaded_options = None
   _globals['_TOKENLOGPROB'].fields_by_name['token_id']._serialized_options = b'\342A\001\003'
   _globals['_TOKENLOGPROB'].fields_by_name['bytes']._loaded_options = None
@@ -116,28 +134,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHOICE'].fields_by_name['logprobs']._serialized_options = b'\342A\001\003'
   _globals['_STREAMGENERATEREQUEST'].fields_by_name['input']._loaded_options = None
   _globals['_STREAMGENERATEREQUEST'].fields_by_name['input']._serialized_options = b'\342A\001\002'
-  _globals['_FINISHREASON']._serialized_start=2161
-  _globals['_FINISHREASON']._serialized_end=2256
-  _globals['_MESSAGE']._serialized_start=155
-  _globals['_MESSAGE']._serialized_end=207
-  _globals['_GENERATIONINPUT']._serialized_start=210
-  _globals['_GENERATIONINPUT']._serialized_end=990
-  _globals['_TOKENLOGPROB']._serialized_start=993
-  _globals['_TOKENLOGPROB']._serialized_end=1150
-  _globals['_COMPLETION']._serialized_start=1153
-  _globals['_COMPLETION']._serialized_end=1501
-  _globals['_USAGE']._serialized_start=1503
-  _globals['_USAGE']._serialized_end=1572
-  _globals['_GENERATEREQUEST']._serialized_start=1574
-  _globals['_GENERATEREQUEST']._serialized_end=1650
-  _globals['_GENERATERESPONSE']._serialized_start=1653
-  _globals['_GENERATERESPONSE']._serialized_end=1802
-  _globals['_CHOICE']._serialized_start=1804
-  _globals['_CHOICE']._serialized_end=1891
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=1893
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=1975
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1978
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=2159
-  _globals['_INFERENCESERVICE']._serialized_start=2259
-  _globals['_INFERENCESERVICE']._serialized_end=2475
+  _globals['_FINISHREASON']._serialized_start=2451
+  _globals['_FINISHREASON']._serialized_end=2546
+  _globals['_MESSAGE']._serialized_start=156
+  _globals['_MESSAGE']._serialized_end=293
+  _globals['_TOOL']._serialized_start=295
+  _globals['_TOOL']._serialized_end=374
+  _globals['_TOOLCALL']._serialized_start=376
+  _globals['_TOOLCALL']._serialized_end=449
+  _globals['_GENERATIONINPUT']._serialized_start=452
+  _globals['_GENERATIONINPUT']._serialized_end=1280
+  _globals['_TOKENLOGPROB']._serialized_start=1283
+  _globals['_TOKENLOGPROB']._serialized_end=1440
+  _globals['_COMPLETION']._serialized_start=1443
+  _globals['_COMPLETION']._serialized_end=1791
+  _globals['_USAGE']._serialized_start=1793
+  _globals['_USAGE']._serialized_end=1862
+  _globals['_GENERATEREQUEST']._serialized_start=1864
+  _globals['_GENERATEREQUEST']._serialized_end=1940
+  _globals['_GENERATERESPONSE']._serialized_start=1943
+  _globals['_GENERATERESPONSE']._serialized_end=2092
+  _globals['_CHOICE']._serialized_start=2094
+  _globals['_CHOICE']._serialized_end=2181
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=2183
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=2265
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=2268
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=2449
+  _globals['_INFERENCESERVICE']._serialized_start=2549
+  _globals['_INFERENCESERVICE']._serialized_end=2765
 # @@protoc_insertion_point(module_scope)

@@ -99,3 +99,18 @@ def split_window(
         else:
             parts.append([index])
     return parts
+
+
+def deal_window(
+    window: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    spec: TrainingSpec,
+    device: str,
+    micro_batch: int,
+    num_ranks: int,
+) -> list[list[list[int]]]:
+    """The parts that each rank computes. The examples are dealt out by length, so that ranks have nearly as much to do;
+    one that has no example has no part."""
+    ordered = sorted((index for batch in window for index in batch), key=lambda index: lengths[index])
+    hands = (ordered[rank::num_ranks] for rank in range(num_ranks))
+    return [split_window([hand], lengths, spec, device, micro_batch) for hand in hands]

@@ -1,22 +1,56 @@
-"""Trainings on several devices, as two processes on a CPU: the same losses and adapter as on one, and one end for all."""
+"""Trainings on several devices, as two processes on a CPU: losses and adapter as on one, and one end for all."""
 
 # ruff: noqa: F401, F811 (fixtures of another file)
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
+from knowledge_engine import failpoints, modeling
 from knowledge_engine.bases import Base
-from knowledge_engine.core import Progress, TrainingSpec
+from knowledge_engine.core import (
+    DatasetFormat,
+    DatasetKind,
+    JobState,
+    JobStopped,
+    Progress,
+    StateChange,
+    StopReason,
+    TrainingSpec,
+)
+from knowledge_engine.datasets import Datasets
+from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError
+from knowledge_engine.server.app import start_server
 from knowledge_engine.settings import Settings
+from knowledge_engine.state import State
 from knowledge_engine.text import Example
+from knowledge_engine.training import ranks
+from knowledge_engine.training.checkpoints import ENVIRONMENT_CHANGED
 from knowledge_engine.training.loop import TrainedSummary, train
-from knowledge_engine.training.ranks import Task, load_tuned, together
-from tests.test_training import SPEC, FakeContext, bases, checkpoints_of, examples, no_log
+from knowledge_engine.training.material import Item, Pair
+from knowledge_engine.training.ranks import (
+    CONFIGURATION,
+    FOLDER,
+    Ranks,
+    Task,
+    demand_devices,
+    load_tuned,
+    read_plugin,
+    together,
+    write_configuration,
+)
+from tests.test_methods import pairs
+from tests.test_training import SPEC, FakeContext, Workshop, bases, checkpoints_of, examples, no_log, workshop
 
 SEVERAL: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -32,23 +66,31 @@ SEVERAL: dict[str, Any] = {
 class Run:
     """A training on so many devices in a folder of its own."""
 
-    def __init__(self, base: Base, examples: list[Example], work_dir: Path, num: int = 2, **changes: Any) -> None:
+    def __init__(self, base: Base, examples: Sequence[Item], work_dir: Path, num: int = 2, **changes: Any) -> None:
         self.spec = TrainingSpec.model_validate(SPEC.model_dump() | SEVERAL | changes)
         self.context = FakeContext(work_dir, self.spec)
-        self._settings = Settings(data_dir=work_dir, training_devices=num)
-        self._task = Task(
+        self.settings = Settings(data_dir=work_dir, training_devices=num)
+        self.task = Task(
             self.context.job, self.spec, base, None, examples[3:], examples[:3], "cpu",
             self.spec.per_device_train_batch_size,
         )  # fmt: skip
 
+    def pause_after(self, steps: int) -> list[Progress]:
+        """What it reports until then."""
+        self.context = FakeContext(self.context.work_dir, self.spec, stop_after=steps)
+        self.context.stop_reason = StopReason.PAUSED
+        with pytest.raises(JobStopped):
+            self.go_on()
+        return self.context.steps
+
     def go_on(self) -> TrainedSummary:
-        task = self._task
-        with together(self.context, self._settings, task) as ranks:
+        task = self.task
+        with together(self.context, self.settings, task) as ranks:
             model = load_tuned(task, ranks, self.context.check)
             try:
                 return train(
                     model, task.train, task.held_out, task.spec, self.context, no_log, "cpu",
-                    checkpoints_of(self.context, training_devices=self._settings.training_devices), task.micro_batch,
+                    checkpoints_of(self.context, training_devices=self.settings.training_devices), task.micro_batch,
                     ranks,
                 )  # fmt: skip
             finally:
@@ -77,3 +119,191 @@ def test_two_ranks_take_the_steps_of_one(
     assert summary.loss == pytest.approx(expected.loss, rel=1e-4)
     for name, weight in one.adapter.items():
         assert torch.allclose(two.adapter[name], weight, atol=2e-3), name
+
+
+def test_preferences_and_dora_are_shared_as_well(bases: dict[str, Base], tmp_path: Path, pairs: list[Pair]) -> None:
+    changes = {"method": "dpo", "beta": 0.3, "lora": {"dropout": 0.0, "use_dora": True}, "max_steps": 2}
+    runs = [Run(bases["llama"], pairs, tmp_path / str(num), num=num, **changes) for num in (1, 2)]
+    for run in runs:
+        run.go_on()
+    for ours, theirs in zip(*(told(run.context.steps) for run in runs), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_every_rank_holds_a_share_of_the_linear_weights(
+    bases: dict[str, Base], examples: list[Example], tmp_path: Path
+) -> None:
+    run = Run(bases["llama"], examples, tmp_path, use_qlora=True)
+    with together(run.context, run.settings, run.task) as ranks:
+        model = load_tuned(run.task, ranks, run.context.check)
+        kinds = {
+            name.rpartition(".")[2]: type(weight).__name__
+            for name, weight in ((name.removesuffix(".weight"), weight) for name, weight in model.named_parameters())
+        }
+        body, _ = modeling.body_and_head(model)
+        for module in modeling.frozen_linears(body):
+            outputs, inputs = modeling.linear_size(module)
+            share = module.weight.to_local()
+            assert share.numel() * share.itemsize == outputs * inputs // 2 // 2  # four bits, on two ranks
+    assert kinds["base_layer"] == "DTensor"
+    assert {kinds[name] for name in ("default", "embed_tokens", "input_layernorm", "norm")} == {"Parameter"}
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(
+    bases: dict[str, Base], examples: list[Example], tmp_path: Path
+) -> None:
+    changes = {"lora": {"dropout": 0.1}, "neftune_noise_alpha": 5, "load_best_model_at_end": True}
+    twin = Run(bases["llama"], examples, tmp_path / "twin", **changes)
+    twin.go_on()
+    before = Run(bases["llama"], examples, tmp_path / "run", **changes).pause_after(2)
+    run = Run(bases["llama"], examples, tmp_path / "run", **changes)
+    run.go_on()
+    assert told([*before, *run.context.steps]) == told(twin.context.steps)
+    for name, weight in twin.adapter.items():
+        assert torch.equal(run.adapter[name], weight), name
+
+
+def test_one_device_goes_on_where_two_have_been(
+    bases: dict[str, Base], examples: list[Example], tmp_path: Path
+) -> None:
+    before = Run(bases["llama"], examples, tmp_path / "run").pause_after(2)
+    alone = Run(bases["llama"], examples, tmp_path / "run", num=1)
+    alone.go_on()
+    ((reason, message),) = alone.context.warnings
+    assert (reason, "devices" in message) == (ENVIRONMENT_CHANGED, True)
+    twin = Run(bases["llama"], examples, tmp_path / "twin", num=1)
+    twin.go_on()
+    for ours, theirs in zip(told([*before, *alone.context.steps]), told(twin.context.steps), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_job_on_two_devices_publishes_one_version(workshop: Workshop) -> None:
+    workshop.settings = workshop.settings.model_copy(update={"training_devices": 2})
+    result, context = workshop.run()
+    assert (result.num_steps, result.version) == (6, 1)
+    assert result.comparison is not None
+    assert result.comparison.tuned_loss < result.comparison.base_loss
+    assert "2 devices share the base and every step" in context.lines
+    assert not list(workshop.work_dir.glob(f"{FOLDER}-*"))
+    workshop.registry.verify("shop", 1)
+
+
+# --- one end for all ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("point", "kind", "says"),
+    [
+        ("follower.step=fail@2", KnowledgeEngineError, r"rank 1 of 2 failed unexpectedly \(RuntimeError\)"),
+        ("follower.load=oom", MemoryError, "rank 1 of 2: failpoint follower.load"),
+        ("follower.step=kill@2", SystemExit, "rank 1 of 2 is gone: signal SIGKILL"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_attempt_by_name(
+    bases: dict[str, Base],
+    examples: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+    kind: type[BaseException],
+    says: str,
+) -> None:
+    monkeypatch.setenv(failpoints.VARIABLE, point)
+    with pytest.raises(kind, match=says):
+        Run(bases["llama"], examples, tmp_path).go_on()
+    assert children() == []
+
+
+def test_a_rank_that_does_not_answer_is_given_up(
+    bases: dict[str, Base], examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(failpoints.VARIABLE, "follower.step=stop@2")
+    monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr(ranks, "_LAST_WORDS_SECONDS", 0.5)
+    with pytest.raises(SystemExit, match="a rank of 2 did not answer for 5 s"):
+        Run(bases["llama"], examples, tmp_path).go_on()
+    assert children() == []
+
+
+def children() -> list[psutil.Process]:
+    """Processes that this one has started and that are still there."""
+    return [p for p in psutil.Process().children() if "training.follower" in " ".join(p.cmdline())]
+
+
+async def test_ranks_end_with_their_worker_and_the_job_goes_on(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker is killed, then one of its ranks, then the job is cancelled: no process outlives its attempt."""
+    monkeypatch.setenv(failpoints.VARIABLE, "training.step=sleep:0.3")
+    settings = make_settings(training_devices=2, lease_seconds=3)
+    async with await start_server(settings):
+        state = State.open(settings.state_url, migrate=False)
+        row = '{"messages": [{"role": "user", "content": "%s?"}, {"role": "assistant", "content": "Yes."}]}\n'
+        lines = "".join(row % name for name in ("kettle", "lamp", "tent", "mug")).encode()
+        Datasets(settings.data_dir / "datasets", state).store(
+            "d", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [lines]
+        )
+        spec = SPEC.model_copy(update={"max_steps": 100, "save_steps": 2})
+        job = state.create_job(spec)
+
+        async def eventually(holds: Callable[[], object]) -> None:
+            deadline = time.monotonic() + 60
+            while not holds():
+                assert time.monotonic() < deadline, state.get_job(job.id)
+                await asyncio.sleep(0.05)
+
+        async def kill(which: str, step: int) -> None:
+            await eventually(lambda: (state.get_job(job.id).checkpoint_step or 0) >= step)
+            (victim,) = processes(which)
+            victim.kill()
+            await eventually(lambda: not victim.is_running())
+
+        def processes(which: str) -> list[psutil.Process]:
+            return [p for p in psutil.Process().children(recursive=True) if which in p.cmdline()]
+
+        await kill("knowledge_engine.worker", 2)
+        await eventually(lambda: not processes("knowledge_engine.training.follower"))
+        await kill("knowledge_engine.training.follower", 4)
+        await eventually(lambda: (state.get_job(job.id).checkpoint_step or 0) >= 6)
+        state.request_cancel(job.id)
+        await eventually(lambda: state.get_job(job.id).state is JobState.CANCELLED)
+        await eventually(lambda: not processes("knowledge_engine.training.follower"))
+        said = [e.payload.message for e in state.events(job.id, 0, 1000) if isinstance(e.payload, StateChange)]
+        assert any("rank 1 of 2 is gone: signal SIGKILL" in message for message in said)
+        state.close()
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_accelerate_understands_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / CONFIGURATION
+    write_configuration(path, 4, "cuda")
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    assert (arguments.num_processes, arguments.use_fsdp, arguments.mixed_precision) == (4, True, "no")
+    environment = prepare_multi_gpu_env(arguments)
+    assert environment["FSDP_VERSION"] == "2"
+    assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    assert environment["FSDP_RESHARD_AFTER_FORWARD"] == "true"
+    assert environment["FSDP_OFFLOAD_PARAMS"] == environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    plugin = read_plugin(path)
+    assert (plugin.fsdp_version, plugin.reshard_after_forward, plugin.activation_checkpointing) == (2, True, False)
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    settings = Settings(training_devices=3)
+    demand_devices(settings, "cpu")
+    with pytest.raises(InvalidSpecError, match="KNOWLEDGE_TRAINING_DEVICES: 3 are asked for and this machine has 0"):
+        demand_devices(settings, "cuda")
+
+
+def test_ranks_have_as_many_parts_and_every_example_once() -> None:
+    spec = SPEC.model_copy(update={"per_device_train_batch_size": 2})
+    lengths = [400, 30, 600, 20, 900, 10, 700]
+    for window in ([[0, 1], [2, 3], [4, 5], [6]], [[3]], [[5, 1], [0]]):
+        hands = [Ranks(3, index).parts(window, lengths, spec, "cpu", 2) for index in range(3)]
+        assert len({len(hand) for hand in hands}) == 1
+        counted = [index for hand in hands for part, times in hand for index in part * times]
+        assert sorted(counted) == sorted(index for batch in window for index in batch)
+        assert all(part == [min(part, key=lambda i: lengths[i])] for hand in hands for part, times in hand if not times)

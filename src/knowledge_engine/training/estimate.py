@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,8 +34,8 @@ from knowledge_engine.training.plan import (
     EVALUATION_BATCH_SIZE,
     FUSED_LAYERS,
     count_steps,
+    deal_window,
     plan_windows,
-    split_window,
 )
 
 _MIB = 2**20
@@ -189,9 +189,21 @@ class Preflight:
         """Raises UpstreamError: STATE_UNAVAILABLE."""
         device = devices.default_device()
         shape = read_shape(base.folder)
-        need = compute_need(shape, spec, material, base, device)
+
+        def need_of(candidate: TrainingSpec) -> Need:
+            return compute_need(
+                shape,
+                candidate,
+                material,
+                base,
+                device,
+                num_devices=self._settings.training_devices,
+                is_served_in_nf4=self._settings.serving_precision == "nf4",
+            )
+
+        need = need_of(spec)
         room = _Room(self._settings, self._state.held_memory())
-        nearest = None if room.takes(need) else _nearest(shape, spec, material, base, device, room)
+        nearest = None if room.takes(need) else _nearest(spec, need_of, room)
         rate = self._tokens_per_second(spec)
         return Estimate(
             need=need,
@@ -319,15 +331,13 @@ class _Room:
         return need.memory.expected_bytes <= self.available_bytes
 
 
-def _nearest(
-    shape: Shape, spec: TrainingSpec, material: Material, base: Base, device: str, room: _Room
-) -> TrainingSpec | None:
+def _nearest(spec: TrainingSpec, need_of: Callable[[TrainingSpec], Need], room: _Room) -> TrainingSpec | None:
     """The first that fits of: a smaller micro-batch of the same effective batch, then the other precision too.
 
     `max_length` is no candidate: rows are never cut, so it takes no memory that they do not.
     """
     for candidate in _candidates(spec):
-        if room.takes(compute_need(shape, candidate, material, base, device)):
+        if room.takes(need_of(candidate)):
             return candidate
     return None
 
@@ -389,13 +399,25 @@ def read_shape(folder: Path) -> Shape:
     )
 
 
-def compute_need(shape: Shape, spec: TrainingSpec, material: Material, base: Base, device: str) -> Need:
+def compute_need(
+    shape: Shape,
+    spec: TrainingSpec,
+    material: Material,
+    base: Base,
+    device: str,
+    *,
+    num_devices: int = 1,
+    is_served_in_nf4: bool = False,
+) -> Need:
+    """Memory is that of each device where several share the training; processes on a CPU share the host's."""
     num_steps, per_epoch = count_steps(spec, len(material.train))
     adapter = sum(spec.lora.rank * (linear.inputs + linear.outputs) for linear in shape.adapted(spec.lora)) * 4
     tokenizer = sum((base.folder / name).stat().st_size for name in _TOKENIZER_FILES if (base.folder / name).is_file())
     version = adapter + tokenizer
     return Need(
-        memory=_memory(shape, spec, material, adapter, num_steps, per_epoch, device),
+        memory=_memory(
+            shape, spec, material, adapter, num_steps, per_epoch, device, num_devices, is_served_in_nf4=is_served_in_nf4
+        ),
         disk_bytes=_CHECKPOINTS * (_ADAM_COPIES - 1 + spec.load_best_model_at_end) * adapter
         + 2 * version
         + _SMALL_FILES_BYTES,
@@ -405,26 +427,44 @@ def compute_need(shape: Shape, spec: TrainingSpec, material: Material, base: Bas
 
 
 def _memory(
-    shape: Shape, spec: TrainingSpec, material: Material, adapter: int, num_steps: int, per_epoch: int, device: str
+    shape: Shape,
+    spec: TrainingSpec,
+    material: Material,
+    adapter: int,
+    num_steps: int,
+    per_epoch: int,
+    device: str,
+    num_devices: int,
+    *,
+    is_served_in_nf4: bool,
 ) -> Memory:
     """All phases: loading, the steps with their checkpoints, and with the base as it is served the comparison and the
     golden values; those in other precisions take less on a CPU, and of a device nothing.
 
-    On a CPU what was freed stays resident, so the largest phase decides, and what a later phase adds to it.
+    On a CPU what was freed stays resident, so the largest phase decides, and what a later phase adds to it. Several
+    devices load the whole base each before they share its linear weights out; while they train, each holds two layers'
+    whole, the one at work and the next.
     """
     size = 2 if device == devices.CUDA and devices.has_bfloat16() else 4
     weights = _weight_bytes(shape, size, device, use_qlora=spec.use_qlora)
-    batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device)
+    batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device, num_devices)
     step = max(_step_bytes(shape, spec, batch, size, device) for batch in batches)
     libraries = _LIBRARIES_BYTES[device]
     served = size * shape.num_weights
+    if is_served_in_nf4:
+        served = _weight_bytes(shape, size, device, use_qlora=True)
     copies = _ADAM_COPIES + spec.load_best_model_at_end
     if device == devices.CUDA:  # a checkpoint's copy is made on the host, and files are not mapped
-        training = weights + round(_CUDA_FRAGMENTATION * (copies * adapter + step))
+        held = weights
+        if num_devices > 1:
+            linear = round((_NF4_BYTES if spec.use_qlora else size) * shape.num_linear_weights)
+            held += linear // num_devices + 2 * linear // max(1, shape.num_layers) - linear
+        training = max(weights, held + round(_CUDA_FRAGMENTATION * (copies * adapter + step)))
     else:
         work = copies * adapter + max(step, (copies - 1) * adapter)
         fragmentation = _FUSED_FRAGMENTATION if _is_fused(shape, spec, device) else _FRAGMENTATION
         training = weights + round(fragmentation * work)
+        training += (num_devices - 1) * (libraries + training)
         served = max(shape.file_bytes, served)
     evaluated = _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
     recorded = adapter
@@ -505,12 +545,14 @@ def _head_bytes(shape: Shape, num_positions: int, size: int) -> int:
     return (4 if size == 4 else 4 + size) * min(num_positions, CHUNK_POSITIONS) * shape.vocabulary
 
 
-def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str) -> Iterator[list[Row]]:
-    """What is computed at once."""
+def _batches(
+    spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str, num_devices: int
+) -> Iterator[list[Row]]:
+    """What is computed at once, on whichever device."""
     lengths = [row.length for row in rows]
     for window in islice(plan_windows(lengths, spec), num_steps):
-        for members in split_window(window, lengths, spec, device, spec.per_device_train_batch_size):
-            yield [rows[index] for index in members]
+        for parts in deal_window(window, lengths, spec, device, spec.per_device_train_batch_size, num_devices):
+            yield from ([rows[index] for index in part] for part in parts)
 
 
 def _count_tokens(spec: TrainingSpec, material: Material, num_steps: int, per_epoch: int) -> int:

@@ -1,9 +1,9 @@
 """One training on several devices of this machine: a process for each, which all take the same steps.
 
-Every rank holds the whole adapter and a share of the base's linear weights, which FSDP2 gathers layer by layer when they
-are needed; each computes a share of a step's examples, and the gradients of the adapter are summed over all. Rank 0 is
-the job's worker: it alone reports, writes and decides. It starts the others (`follower.py`), which end with it, and
-answers for them. Decision record 0023 says why so.
+Every rank holds the whole adapter and a share of the base's linear weights, which FSDP2 gathers layer by layer when
+needed; each computes a share of a step's examples, and the gradients of the adapter are summed over all. Rank 0 is the
+job's worker: it alone reports, writes and decides. It starts the others (`follower.py`), which end with it, and answers
+for them. Decision record 0023 says why so.
 
 The only user of accelerate and of torch.distributed.
 """

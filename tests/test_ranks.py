@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from knowledge_engine.bases import Base
 from knowledge_engine.core import (
     DatasetFormat,
     DatasetKind,
+    Job,
     JobState,
     JobStopped,
     Progress,
@@ -103,8 +105,13 @@ def told(steps: list[Progress]) -> list[tuple[float, ...]]:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("llama", {}), ("llama", {"use_qlora": True}), ("gpt2", {"use_qlora": True})],
-    ids=["llama", "llama nf4", "gpt2 nf4"],
+    [
+        ("llama", {"use_qlora": True}),
+        ("gpt2", {}),
+        pytest.param("llama", {}, marks=pytest.mark.slow),
+        pytest.param("gpt2", {"use_qlora": True}, marks=pytest.mark.slow),
+    ],
+    ids=["llama nf4", "gpt2", "llama", "gpt2 nf4"],
 )
 def test_two_ranks_take_the_steps_of_one(
     bases: dict[str, Base], examples: list[Example], tmp_path: Path, family: str, changes: dict[str, Any]
@@ -211,7 +218,7 @@ def test_a_rank_that_fails_ends_the_attempt_by_name(
     monkeypatch.setenv(failpoints.VARIABLE, point)
     with pytest.raises(kind, match=says):
         Run(bases["llama"], examples, tmp_path).go_on()
-    assert children() == []
+    assert processes(FOLLOWER) == []
 
 
 def test_a_rank_that_does_not_answer_is_given_up(
@@ -222,55 +229,88 @@ def test_a_rank_that_does_not_answer_is_given_up(
     monkeypatch.setattr(ranks, "_LAST_WORDS_SECONDS", 0.5)
     with pytest.raises(SystemExit, match="a rank of 2 did not answer for 5 s"):
         Run(bases["llama"], examples, tmp_path).go_on()
-    assert children() == []
+    assert processes(FOLLOWER) == []
 
 
-def children() -> list[psutil.Process]:
-    """Processes that this one has started and that are still there."""
-    return [p for p in psutil.Process().children() if "training.follower" in " ".join(p.cmdline())]
+class Service:
+    """A server with a training on two devices that takes its time."""
 
-
-async def test_ranks_end_with_their_worker_and_the_job_goes_on(
-    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker is killed, then one of its ranks, then the job is cancelled: no process outlives its attempt."""
-    monkeypatch.setenv(failpoints.VARIABLE, "training.step=sleep:0.3")
-    settings = make_settings(training_devices=2, lease_seconds=3)
-    async with await start_server(settings):
-        state = State.open(settings.state_url, migrate=False)
+    def __init__(self, settings: Settings) -> None:
+        self._state = State.open(settings.state_url, migrate=False)
         row = '{"messages": [{"role": "user", "content": "%s?"}, {"role": "assistant", "content": "Yes."}]}\n'
         lines = "".join(row % name for name in ("kettle", "lamp", "tent", "mug")).encode()
-        Datasets(settings.data_dir / "datasets", state).store(
-            "d", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [lines]
-        )
-        spec = SPEC.model_copy(update={"max_steps": 100, "save_steps": 2})
-        job = state.create_job(spec)
+        datasets = Datasets(settings.data_dir / "datasets", self._state)
+        datasets.store("d", DatasetKind.CONVERSATIONS, DatasetFormat.JSONL, [lines])
+        self._job_id = self._state.create_job(SPEC.model_copy(update={"max_steps": 100, "save_steps": 2})).id
 
-        async def eventually(holds: Callable[[], object]) -> None:
-            deadline = time.monotonic() + 60
-            while not holds():
-                assert time.monotonic() < deadline, state.get_job(job.id)
-                await asyncio.sleep(0.05)
+    @property
+    def job(self) -> Job:
+        return self._state.get_job(self._job_id)
 
-        async def kill(which: str, step: int) -> None:
-            await eventually(lambda: (state.get_job(job.id).checkpoint_step or 0) >= step)
-            (victim,) = processes(which)
-            victim.kill()
-            await eventually(lambda: not victim.is_running())
+    def messages(self) -> list[str]:
+        payloads = [event.payload for event in self._state.events(self._job_id, 0, 1000)]
+        return [payload.message for payload in payloads if isinstance(payload, StateChange)]
 
-        def processes(which: str) -> list[psutil.Process]:
-            return [p for p in psutil.Process().children(recursive=True) if which in p.cmdline()]
+    async def eventually(self, holds: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline, self.job
+            await asyncio.sleep(0.05)
 
-        await kill("knowledge_engine.worker", 2)
-        await eventually(lambda: not processes("knowledge_engine.training.follower"))
-        await kill("knowledge_engine.training.follower", 4)
-        await eventually(lambda: (state.get_job(job.id).checkpoint_step or 0) >= 6)
-        state.request_cancel(job.id)
-        await eventually(lambda: state.get_job(job.id).state is JobState.CANCELLED)
-        await eventually(lambda: not processes("knowledge_engine.training.follower"))
-        said = [e.payload.message for e in state.events(job.id, 0, 1000) if isinstance(e.payload, StateChange)]
-        assert any("rank 1 of 2 is gone: signal SIGKILL" in message for message in said)
-        state.close()
+    async def kill(self, module: str, step: int) -> None:
+        """Once there is a checkpoint after this step."""
+        await self.eventually(lambda: (self.job.checkpoint_step or 0) >= step)
+        (victim,) = processes(module)
+        victim.kill()
+        await self.eventually(lambda: not victim.is_running())
+
+    async def cancel(self) -> None:
+        self._state.request_cancel(self._job_id)
+        await self.eventually(lambda: self.job.state is JobState.CANCELLED)
+        await self.eventually(lambda: not processes(FOLLOWER))
+        self._state.close()
+
+
+WORKER, FOLLOWER = "knowledge_engine.worker", "knowledge_engine.training.follower"
+
+
+def processes(module: str) -> list[psutil.Process]:
+    """Those of this module that this process has started, directly or not."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if module in process.cmdline():
+                found.append(process)
+    return found
+
+
+async def test_no_rank_outlives_its_worker(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(failpoints.VARIABLE, "training.step=sleep:0.2")
+    settings = make_settings(training_devices=2)
+    async with await start_server(settings):
+        service = Service(settings)
+        await service.eventually(lambda: processes(FOLLOWER))
+        followers = processes(FOLLOWER)
+        await service.kill(WORKER, 2)
+        await service.eventually(lambda: not any(process.is_running() for process in followers))
+        await service.cancel()
+
+
+@pytest.mark.slow
+async def test_a_job_goes_on_after_the_kill_of_any_rank(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(failpoints.VARIABLE, "training.step=sleep:0.2")
+    settings = make_settings(training_devices=2)
+    async with await start_server(settings):
+        service = Service(settings)
+        await service.kill(FOLLOWER, 2)
+        await service.kill(WORKER, 4)
+        await service.eventually(lambda: (service.job.checkpoint_step or 0) >= 6)
+        await service.cancel()
+        assert any("rank 1 of 2 is gone: signal SIGKILL" in message for message in service.messages())
 
 
 # --- what is written ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +108,15 @@ def told(steps: list[Progress]) -> list[tuple[float, ...]]:
     [
         ("llama", {"use_qlora": True}),
         ("gpt2", {}),
-        pytest.param("llama", {}, marks=pytest.mark.slow),
+        pytest.param("llama", {"num": 3}, marks=pytest.mark.slow),
         pytest.param("gpt2", {"use_qlora": True}, marks=pytest.mark.slow),
     ],
-    ids=["llama nf4", "gpt2", "llama", "gpt2 nf4"],
+    ids=["llama nf4", "gpt2", "three", "gpt2 nf4"],
 )
-def test_two_ranks_take_the_steps_of_one(
+def test_ranks_take_the_steps_of_one(
     bases: dict[str, Base], examples: list[Example], tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
-    one = Run(bases[family], examples, tmp_path / "one", num=1, **changes)
+    one = Run(bases[family], examples, tmp_path / "one", **changes | {"num": 1})
     expected = one.go_on()
     two = Run(bases[family], examples, tmp_path / "two", **changes)
     summary = two.go_on()
@@ -128,6 +128,7 @@ def test_two_ranks_take_the_steps_of_one(
         assert torch.allclose(two.adapter[name], weight, atol=2e-3), name
 
 
+@pytest.mark.slow
 def test_preferences_and_dora_are_shared_as_well(bases: dict[str, Base], tmp_path: Path, pairs: list[Pair]) -> None:
     changes = {"method": "dpo", "beta": 0.3, "lora": {"dropout": 0.0, "use_dora": True}, "max_steps": 2}
     runs = [Run(bases["llama"], pairs, tmp_path / str(num), num=num, **changes) for num in (1, 2)]
@@ -170,6 +171,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         assert torch.equal(run.adapter[name], weight), name
 
 
+@pytest.mark.slow
 def test_one_device_goes_on_where_two_have_been(
     bases: dict[str, Base], examples: list[Example], tmp_path: Path
 ) -> None:
@@ -203,7 +205,7 @@ def test_a_job_on_two_devices_publishes_one_version(workshop: Workshop) -> None:
     [
         ("follower.step=fail@2", KnowledgeEngineError, r"rank 1 of 2 failed unexpectedly \(RuntimeError\)"),
         ("follower.load=oom", MemoryError, "rank 1 of 2: failpoint follower.load"),
-        ("follower.step=kill@2", SystemExit, "rank 1 of 2 is gone: signal SIGKILL"),
+        pytest.param("follower.step=kill@2", SystemExit, "rank 1 of 2 is gone: signal SIGKILL", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_fails_ends_the_attempt_by_name(
@@ -221,6 +223,18 @@ def test_a_rank_that_fails_ends_the_attempt_by_name(
     assert processes(FOLLOWER) == []
 
 
+@pytest.mark.slow
+def test_memory_that_runs_out_on_another_rank_halves_the_micro_batch(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(failpoints.VARIABLE, "follower.step=oom@2")
+    workshop.settings = workshop.settings.model_copy(update={"training_devices": 2})
+    with pytest.raises(JobStopped, match="the training goes on with 2") as caught:
+        workshop.run(per_device_train_batch_size=4, auto_find_batch_size=True)
+    assert caught.value.reason is StopReason.RETRY
+
+
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_given_up(
     bases: dict[str, Base], examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,10 +247,10 @@ def test_a_rank_that_does_not_answer_is_given_up(
 
 
 class Service:
-    """A server with a training on two devices that takes its time."""
+    """A training on two devices, in the hands of a server."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._state = State.open(settings.state_url, migrate=False)
+    def __init__(self, settings: Settings, state: State) -> None:
+        self._state = state
         row = '{"messages": [{"role": "user", "content": "%s?"}, {"role": "assistant", "content": "Yes."}]}\n'
         lines = "".join(row % name for name in ("kettle", "lamp", "tent", "mug")).encode()
         datasets = Datasets(settings.data_dir / "datasets", self._state)
@@ -268,7 +282,6 @@ class Service:
         self._state.request_cancel(self._job_id)
         await self.eventually(lambda: self.job.state is JobState.CANCELLED)
         await self.eventually(lambda: not processes(FOLLOWER))
-        self._state.close()
 
 
 WORKER, FOLLOWER = "knowledge_engine.worker", "knowledge_engine.training.follower"
@@ -284,33 +297,30 @@ def processes(module: str) -> list[psutil.Process]:
     return found
 
 
-async def test_no_rank_outlives_its_worker(
-    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+async def service(make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Service]:
     monkeypatch.setenv(failpoints.VARIABLE, "training.step=sleep:0.2")
     settings = make_settings(training_devices=2)
     async with await start_server(settings):
-        service = Service(settings)
-        await service.eventually(lambda: processes(FOLLOWER))
-        followers = processes(FOLLOWER)
-        await service.kill(WORKER, 2)
-        await service.eventually(lambda: not any(process.is_running() for process in followers))
-        await service.cancel()
+        state = State.open(settings.state_url, migrate=False)
+        yield Service(settings, state)
+        state.close()
+
+
+async def test_no_rank_outlives_its_worker(service: Service) -> None:
+    await service.eventually(lambda: processes(FOLLOWER))
+    followers = processes(FOLLOWER)
+    await service.kill(WORKER, 2)
+    await service.eventually(lambda: not any(process.is_running() for process in followers))
 
 
 @pytest.mark.slow
-async def test_a_job_goes_on_after_the_kill_of_any_rank(
-    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(failpoints.VARIABLE, "training.step=sleep:0.2")
-    settings = make_settings(training_devices=2)
-    async with await start_server(settings):
-        service = Service(settings)
-        await service.kill(FOLLOWER, 2)
-        await service.kill(WORKER, 4)
-        await service.eventually(lambda: (service.job.checkpoint_step or 0) >= 6)
-        await service.cancel()
-        assert any("rank 1 of 2 is gone: signal SIGKILL" in message for message in service.messages())
+async def test_a_job_goes_on_after_the_kill_of_any_rank_and_ends_all_when_cancelled(service: Service) -> None:
+    await service.kill(FOLLOWER, 2)
+    await service.kill(WORKER, 4)
+    await service.eventually(lambda: (service.job.checkpoint_step or 0) >= 6)
+    await service.cancel()
+    assert any("rank 1 of 2 is gone: signal SIGKILL" in message for message in service.messages())
 
 
 # --- what is written ----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def _follow(folder: Path, num: int, index: int, device: str) -> None:
     ranks = Ranks(num, index, folder)
     ranks.meet("started", lambda: None)
     with joined(folder, num, index, device):
-        task: Task = ranks.hear(None)
+        task: Task = ranks.broadcast(None)
         failpoint("follower.load")
         model = load_tuned(task, ranks, lambda: None)
         train(

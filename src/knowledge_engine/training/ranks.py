@@ -114,7 +114,8 @@ class Ranks:
             torch.manual_seed(own)
 
     def add_up(self, weights: Iterable[torch.Tensor], loss: float) -> float:
-        """Sums the gradients of `weights` over all ranks, in place; returns the sum of their losses."""
+        """Sums the gradients of `weights` over all ranks, in place; returns the sum of their losses. Raises as
+        `together` does."""
         if self.num == 1:
             return loss
         if self.index:
@@ -122,7 +123,9 @@ class Ranks:
         for weight in weights:
             if weight.grad is not None:
                 distributed.all_reduce(weight.grad)
-        return self._totals(loss)[0]
+        total = self._totals(loss)[0]
+        self._demand_others()  # before a step is taken: sums that were broken off are worth nothing
+        return total
 
     def mean_loss(self, batches: Iterable[Batch], measure: Callable[[Iterable[Batch]], tuple[float, int]]) -> float:
         """The mean over all batches, of which each rank measures some; the same number on every rank.
@@ -144,15 +147,15 @@ class Ranks:
         if self.num == 1:
             return position
         tensors = None if best is None else {name: tensor.cpu() for name, tensor in best.tensors.items()}
-        position, files, tensors = self.hear((position, learned.tensors(), tensors) if self.index == 0 else None)
+        position, files, tensors = self.broadcast((position, learned.tensors(), tensors) if self.index == 0 else None)
         if self.index:
             learned.restore(files)
             if best is not None and tensors is not None:
                 best.put(tensors)
         return position
 
-    def hear(self, said: Any) -> Any:
-        """What rank 0 has said."""
+    def broadcast(self, said: Any) -> Any:
+        """What rank 0 says; what others would is not asked."""
         box = [said]
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
@@ -312,7 +315,7 @@ def together(context: JobContext, settings: Settings, task: Task) -> Iterator[Ra
         ranks = Ranks(num, 0, folder, others.demand)
         ranks.meet("started", context.check)
         with joined(folder, num, 0, task.device):
-            ranks.hear(task)
+            ranks.broadcast(task)
             context.log(f"{num} devices share the base and every step")
             yield ranks
         others.finish()
@@ -330,10 +333,10 @@ def tell_failure(folder: Path, index: int, error: Exception) -> None:
     """Leaves word for rank 0 of what this rank failed of. The first one counts: others fail of its silence."""
     kind = "memory" if modeling.is_out_of_memory(error) else type(error).__name__
     told = error.to_dict() if isinstance(error, KnowledgeEngineError) else None
-    partial = folder / f"failure-{index}"
-    partial.write_text(json.dumps({"rank": index, "kind": kind, "text": str(error)[:500], "error": told}))
+    whole = folder / f"failure-{index}"
+    whole.write_text(json.dumps({"rank": index, "kind": kind, "text": str(error)[:500], "error": told}))
     try:
-        os.link(partial, folder / _FAILURE)
+        os.link(whole, folder / _FAILURE)
     except FileExistsError:
         _LOG.info("another rank has failed before")
 
@@ -366,13 +369,13 @@ class _Others:
 
     def explain(self, error: Exception) -> None:
         """Raises as `together` does, where `error` of this rank comes of another's failure."""
-        if modeling.is_out_of_memory(error):
+        if not isinstance(error, RuntimeError) or modeling.is_out_of_memory(error):
             return
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         while time.monotonic() < deadline:  # a broken connection is seen before its cause
             self.demand()
             time.sleep(_POLL_SECONDS)
-        if "imed out" in str(error):
+        if "timed out" in str(error).lower():
             raise SystemExit(f"a rank of {self._num} did not answer for {PATIENCE_SECONDS:g} s") from error
 
     def finish(self) -> None:
@@ -393,20 +396,19 @@ class _Others:
             process.stdin.close()
 
     def _blame(self) -> NoReturn:
-        for index, process in self._processes.items():
-            if (code := process.poll()) is not None and code < 0:
-                raise SystemExit(f"rank {index} of {self._num} is gone: {describe_exit(code)}")
-        try:
-            failure = json.loads((self._folder / _FAILURE).read_bytes())
-        except FileNotFoundError:
-            codes = {index: process.poll() for index, process in self._processes.items()}
-            index = next(index for index, code in codes.items() if code)
-            raise SystemExit(f"rank {index} of {self._num} is gone: {describe_exit(codes[index])}") from None
-        who = f"rank {failure['rank']} of {self._num}"
-        if failure["kind"] == "memory":
-            raise MemoryError(f"{who}: {failure['text']}")
-        if failure["error"] is not None:
-            raise from_dict(failure["error"] | {"message": f"{who}: {failure['error']['message']}"})
+        """A rank that is killed makes others fail of its silence; of what they say, only what is known is believed."""
+        codes = {index: code for index, process in self._processes.items() if (code := process.poll())}
+        path = self._folder / _FAILURE
+        failure = json.loads(path.read_bytes()) if path.exists() else None
+        if failure is not None:
+            who = f"rank {failure['rank']} of {self._num}"
+            if failure["kind"] == "memory":
+                raise MemoryError(f"{who}: {failure['text']}")
+            if failure["error"] is not None:
+                raise from_dict(failure["error"] | {"message": f"{who}: {failure['error']['message']}"})
+        index = min(codes, key=lambda index: codes[index])  # a signal before an exit code
+        if failure is None or codes[index] < 0:
+            raise SystemExit(f"rank {index} of {self._num} is gone: {describe_exit(codes[index])}")
         raise KnowledgeEngineError(
             f"{who} failed unexpectedly ({failure['kind']}); the worker's log in jobs/{self._job_id} says what",
             reason=Reason.INTERNAL,

@@ -330,6 +330,9 @@ class TrainEstimateResponse(BaseModel):
     nearest_config: FittingConfig | None = Field(
         description="The nearest settings that would fit; null when these do, or when none would."
     )
+    gradient_checkpointing: bool = Field(
+        description="Whether layers are computed twice instead of kept, because it would not fit otherwise."
+    )
 
 
 class GenerateDataResponse(BaseModel):

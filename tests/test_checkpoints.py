@@ -747,6 +747,32 @@ def test_memory_gets_one_second_chance_at_half_the_micro_batch(
     assert result.num_tokens == twin.num_tokens
 
 
+def test_one_conversation_at_once_gets_its_second_chance_with_gradient_checkpointing(
+    workshop: Workshop, fail_at: Callable[[str], None]
+) -> None:
+    changes = {"use_qlora": False, "per_device_train_batch_size": 1, "auto_find_batch_size": True, "save_steps": 1}
+    changes |= {"lora": {"dropout": 0.1}, "max_steps": 4}
+    workshop.run(**changes, model="twin")
+    expected = [event.loss for event in workshop.context.steps]
+    shutil.rmtree(workshop.work_dir / FOLDER)
+
+    fail_at("training.batch=oom@3")
+    with pytest.raises(JobStopped, match="gradient checkpointing") as caught:
+        workshop.run(**changes)
+    assert caught.value.reason is StopReason.RETRY
+    losses = [event.loss for event in workshop.context.steps]
+    fail_at("training.batch=oom@2")
+    with pytest.raises(KnowledgeEngineError, match="memory ran out") as failed:
+        workshop.run(**changes)
+    assert failed.value.reason is Reason.OUT_OF_MEMORY
+    losses += [event.loss for event in workshop.context.steps]
+    fail_at("")
+    workshop.run(**changes)
+    assert any("computed twice" in line for line in workshop.context.lines)
+    losses += [event.loss for event in workshop.context.steps]
+    assert losses == expected  # to the last bit
+
+
 def test_the_allocators_own_words_are_understood(tmp_path: Path) -> None:
     context = FakeContext(tmp_path)
     shortages = Shortages(context, Settings(data_dir=tmp_path), SPEC, "cpu")

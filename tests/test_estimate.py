@@ -24,7 +24,7 @@ from knowledge_engine.server.app import RunningServer, start_server
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
 from knowledge_engine.text import Example
-from knowledge_engine.training.estimate import Material, Need, Row, compute_need, demand_room, read_shape
+from knowledge_engine.training.estimate import Linear, Material, Need, Row, Shape, compute_need, demand_room, read_shape
 from tests.running import wait_until
 from tests.tiny import FAMILIES, build_random_llama, build_tiny_base
 
@@ -229,6 +229,31 @@ async def test_a_job_whose_base_was_not_prepared_holds_what_its_worker_finds(mak
             await ended(client, job)
 
 
+async def test_gradient_checkpointing_comes_where_nothing_smaller_fits(make_settings: Any, wide_base: Path) -> None:
+    settings = make_settings(base_model=str(wide_base))
+    asked = spec(per_device_train_batch_size=1, max_steps=2, eval_split=0)
+    long_rows = rows(8, words=100)
+    async with serving(settings) as (client, _):
+        await asyncio.to_thread(client.upload_dataset, "long", long_rows)
+        asked = asked.model_copy(update={"dataset": "long"})
+        plain = await asyncio.to_thread(client.estimate_training, asked)
+        assert not plain.gradient_checkpointing
+    limit = plain.memory.expected_bytes - 1
+    async with serving(settings.model_copy(update={"memory_limit_bytes": limit})) as (client, _):
+        less = await asyncio.to_thread(client.estimate_training, asked)
+        assert less.fits, less.refusal
+        assert less.gradient_checkpointing
+        assert less.nearest_spec is None
+        assert less.memory.expected_bytes < 0.95 * plain.memory.expected_bytes
+        # Of several at once fewer are the better way.
+        several = await asyncio.to_thread(client.estimate_training, spec(per_device_train_batch_size=16))
+        assert not several.gradient_checkpointing
+        job = await ended(client, await asyncio.to_thread(client.create_training_job, asked))
+        assert isinstance(job.result, TrainingResult), job.error
+        told = await asyncio.to_thread(list, client.watch_job(job.id))
+        assert any("layers are computed twice" in str(event) for event in told)
+
+
 def test_a_worker_looks_for_room_even_where_the_store_does_not_answer(make_settings: Any) -> None:
     settings = make_settings()
     demand_room(settings, spec(), prepared(settings), examples(), examples(2), 1)
@@ -241,7 +266,7 @@ def examples(count: int = 8, length: int = 100) -> list[Example]:
     ]
 
 
-def need(base: Base, length: int = 100, **changes: Any) -> Need:
+def need(base: Base, length: int = 100, num_devices: int = 1, **changes: Any) -> Need:
     shape = read_shape(base.folder)
     return compute_need(
         shape,
@@ -249,6 +274,7 @@ def need(base: Base, length: int = 100, **changes: Any) -> Need:
         Material([*map(Row.of, examples(length=length))], [*map(Row.of, examples(2))]),
         base,
         devices.CPU,
+        num_devices=num_devices,
     )
 
 
@@ -269,6 +295,33 @@ def test_every_setting_that_takes_memory_changes_the_estimate(
 ) -> None:
     base = prepared(make_settings(base_model=str(wide_base)))
     assert need(base, **changes).memory != need(base).memory
+
+
+def test_devices_share_the_linear_weights(make_settings: Any, wide_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Llama-2-70B each device holds all while it loads, and then its share."""
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
+    base = prepared(make_settings(base_model=str(wide_base)))
+    sizes = {"q": (8192, 8192), "k": (8192, 1024), "v": (8192, 1024), "o": (8192, 8192)}
+    sizes |= {"gate": (8192, 28672), "up": (8192, 28672), "down": (28672, 8192)}
+    linears = tuple(Linear(f"model.layers.{i}.{name}_proj", *size) for i in range(80) for name, size in sizes.items())
+    weights = sum(linear.inputs * linear.outputs for linear in linears)
+    shape = Shape("llama", 8192, 28672, 80, 64, 128, 1024, 32000, linears, weights + 2 * 32000 * 8192, 0, False, True)
+    rows = Material([Row(3500, 3500, 1000)] * 4, [])
+
+    def memory(num_devices: int) -> int:
+        asked = spec(use_qlora=True, gradient_accumulation_steps=4, eval_split=0)
+        need = compute_need(shape, asked, rows, base, devices.CUDA, num_devices=num_devices, is_served_in_nf4=True)
+        return need.memory.expected_bytes
+
+    quantised = 0.516 * weights
+    assert memory(1) - memory(2) == pytest.approx(quantised * (1 / 2 - 2 / 80), rel=0.01)
+    assert memory(16) > quantised
+
+
+def test_processes_on_a_cpu_share_the_host(make_settings: Any, wide_base: Path) -> None:
+    base = prepared(make_settings(base_model=str(wide_base)))
+    one, three = (need(base, num_devices=number).memory.expected_bytes for number in (1, 3))
+    assert three > 2.5 * one
 
 
 def test_steps_tokens_and_disk_follow_the_spec(make_settings: Any, wide_base: Path) -> None:

@@ -54,7 +54,7 @@ from knowledge_engine.training.checkpoints import Checkpoints
 from knowledge_engine.training.data import collate
 from knowledge_engine.training.job import GOLDEN_VALUES_MISSING, run_training
 from knowledge_engine.training.loop import evaluation_batches, learning_rate_at, train
-from knowledge_engine.training.lora import use_fused_lora
+from knowledge_engine.training.lora import Masks, use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
 from knowledge_engine.training.material import num_trained
 from knowledge_engine.training.plan import count_steps, plan_batches
@@ -178,6 +178,39 @@ def _run(
     model, context = tuned(base, spec), FakeContext(Path(tempfile.mkdtemp(dir=tmp_path)), spec)
     train(model, examples[2:], examples[:2], spec, context, no_log, "cpu", checkpoints_of(context))
     return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}, context.steps
+
+
+@pytest.mark.parametrize("use_qlora", [True, False], ids=["nf4", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_takes_the_same_steps(
+    bases: dict[str, Base],
+    examples: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    use_qlora: bool,
+) -> None:
+    """Bit by bit, with dropout and noise, and layers compute twice for it."""
+    spec = TrainingSpec.model_validate(
+        SPEC.model_dump() | {"use_qlora": use_qlora, "lora": {"dropout": 0.2}, "neftune_noise_alpha": 5.0}
+    )
+    runs = []
+    draw = Masks.draw
+    for gradient_checkpointing in (False, True):
+        model, context = tuned(bases[family], spec), FakeContext(tmp_path / str(gradient_checkpointing), spec)
+        calls: list[object] = []
+        monkeypatch.setattr(Masks, "draw", lambda *asked, calls=calls: (calls.append(asked[2]), draw(*asked))[1])
+        train(
+            model, examples[2:], examples[:2], spec, context, no_log, "cpu", checkpoints_of(context),
+            gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        weights = {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}
+        monkeypatch.undo()
+        runs.append((weights, [step.loss for step in context.steps], len(calls)))
+    (weights, losses, num_calls), (again, losses_again, num_calls_again) = runs
+    assert _equal(weights, again)
+    assert losses == losses_again
+    assert num_calls_again == 2 * num_calls
 
 
 def _equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:

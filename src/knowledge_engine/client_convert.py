@@ -190,6 +190,8 @@ class TrainingEstimate(BaseModel):
     refusal: str
     nearest_spec: core.TrainingSpec | None
     """The nearest settings that would fit; None when these do, or when none would."""
+    gradient_checkpointing: bool
+    """Whether layers are computed twice, because it would not fit otherwise."""
 
 
 def estimate_from_proto(estimate: training_pb2.TrainingEstimate) -> TrainingEstimate:
@@ -209,6 +211,7 @@ def estimate_from_proto(estimate: training_pb2.TrainingEstimate) -> TrainingEsti
         fits=estimate.fits,
         refusal=estimate.refusal,
         nearest_spec=_training_spec(estimate.nearest_spec) if estimate.HasField("nearest_spec") else None,
+        gradient_checkpointing=estimate.gradient_checkpointing,
     )
 
 

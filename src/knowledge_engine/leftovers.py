@@ -15,7 +15,7 @@ from knowledge_engine.processes import work_dir
 from knowledge_engine.registry import Registry
 from knowledge_engine.settings import Settings
 from knowledge_engine.state import State
-from knowledge_engine.training.plan import CHECKPOINTS, halve_micro_batch
+from knowledge_engine.training.plan import CHECKPOINTS, take_less
 from knowledge_engine.training.publishing import KEPT_FOR, drop_kept
 
 _DEATHS = {Reason.WORKER_CRASHED, Reason.OUT_OF_MEMORY}
@@ -70,7 +70,7 @@ def second_chance(settings: Settings, job: Job) -> str | None:
     """How the job's next attempt does with less memory, for a worker that could not say so itself; None where it may
     not, or does already."""
     if isinstance(job.spec, TrainingSpec) and job.spec.auto_find_batch_size:
-        return halve_micro_batch(work_dir(settings, job.id), job.spec)
+        return take_less(work_dir(settings, job.id), job.spec)
     return None
 
 

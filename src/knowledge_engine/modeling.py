@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +129,12 @@ def training_precision(device: str, *, use_qlora: bool) -> str:
     return NF4 if use_qlora else float_precision(device)
 
 
-def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
+def load_base(base: Base, precision: str, device: str, *, is_shared_out: bool = False) -> PreTrainedModel:
     """The frozen base in evaluation mode. `nf4` is double-quantised and computes in bfloat16 where the device has it;
     `int8` has weights rounded as those of the integer kernels are, and computes in float32.
+
+    FSDP leaves whole on every device what is no floating point number: weights that shall be shared out say their four
+    bits as such, of the type that is computed in.
 
     Raises:
         IntegrityError: BASE_MODEL_CORRUPT, the files cannot be read as a model.
@@ -145,6 +148,7 @@ def load_base(base: Base, precision: str, device: str) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=compute if is_shared_out else torch.uint8,
         )
     load = _load_unmapped if precision == BFLOAT16 and device == devices.CPU else _load
     try:
@@ -310,6 +314,15 @@ def linear_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def frozen_linears(model: nn.Module) -> list[Any]:
+    """The linear modules that are not trained, those beneath adapters included."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and not module.weight.requires_grad
+    ]
+
+
 def linear_size(module: Any) -> tuple[int, int]:
     """Outputs and inputs of a linear module."""
     if isinstance(module, Conv1D):
@@ -321,8 +334,8 @@ def linear_size(module: Any) -> tuple[int, int]:
 def dense_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
     """The weight (O, I) of a linear module, dequantised for this call where it is kept in four bits."""
     if isinstance(module, Linear4bit):
-        quantised: Any = module.weight
-        return dequantize_4bit(quantised, quantised.quant_state).to(dtype)
+        # The module's own: a weight that was gathered from several devices has lost it.
+        return dequantize_4bit(module.weight, module.quant_state).to(dtype)
     weight: torch.Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight
     return weight.to(dtype)
 
@@ -361,6 +374,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def adapted_linears(model: PeftModel) -> list[AdaptedLinear]:
     """Every module that `attach_lora` adapted."""
     return [AdaptedLinear(module) for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def use_gradient_checkpointing(model: PeftModel, context_fn: Callable[[], Any]) -> None:
+    """Lets layers keep their inputs alone while they train, and compute the rest again when it is asked for.
+    `context_fn` is that of `torch.utils.checkpoint`."""
+    base: Any = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
 
 
 def body_and_head(model: PreTrainedModel | PeftModel) -> tuple[Any, Any]:
@@ -607,6 +627,7 @@ __all__ = [
     "dense_weight",
     "device_memory",
     "float_precision",
+    "frozen_linears",
     "has_static_rope",
     "is_out_of_memory",
     "linear",
@@ -625,5 +646,6 @@ __all__ = [
     "serving_precisions",
     "training_precision",
     "unwrap",
+    "use_gradient_checkpointing",
     "without_adapter",
 ]

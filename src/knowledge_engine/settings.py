@@ -64,6 +64,8 @@ class Settings(BaseSettings):
     base_models: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
 
     max_concurrent_trainings: int = Field(default=1, ge=1, le=5)
+    training_devices: int = Field(default=1, ge=1, le=16)
+    """GPUs that share the base and the steps of one training; on a CPU so many processes do, to try it out."""
     lease_seconds: float = Field(default=30, gt=0, le=600)
     cancel_grace_seconds: float = Field(default=8, gt=0, le=9)
     orphan_grace_seconds: float = Field(default=60, gt=0, le=3600)

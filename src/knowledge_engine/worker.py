@@ -386,6 +386,9 @@ def main() -> None:
         run_attempt(settings, state, job)
     except ConflictError:
         _LOG.warning("attempt %d of job %s is over", attempt_number, job_id)
+    except SystemExit as crash:  # of a process that the work had started
+        _LOG.error("%s", crash)
+        os._exit(1)  # at once, or what libraries say as they end would be its last words
     finally:
         state.close()
     _LOG.info("peak memory %d MiB", devices.peak_memory() // 2**20)

@@ -360,6 +360,7 @@ def _estimate_facts(estimate: TrainingEstimate, asked: TrainingSpec) -> list[tup
     facts: list[tuple[str, object]] = [
         ("fits", "yes" if estimate.fits else f"no: {estimate.refusal}"),
         ("memory", f"{size(memory.expected_bytes)} ({size(memory.low_bytes)} to {size(memory.high_bytes)})"),
+        ("layers", "computed twice (gradient checkpointing)" if estimate.gradient_checkpointing else None),
         ("there is", f"{size(estimate.total_memory_bytes)} on {estimate.device}"),
         ("held now", held or None),
         ("disk", f"{size(estimate.disk_bytes)} of {size(estimate.free_disk_bytes)} free"),

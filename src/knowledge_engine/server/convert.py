@@ -511,6 +511,7 @@ def training_estimate(estimate: Estimate) -> training_pb2.TrainingEstimate:
         fits=refusal is None,
         refusal="" if refusal is None else refusal.message,
         nearest_spec=None if nearest is None else training_spec_proto(nearest),
+        gradient_checkpointing=estimate.need.gradient_checkpointing,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, body_and_head
@@ -62,7 +63,10 @@ def _forward(
     ) -> torch.Tensor:
         is_unmasked = packing is not None or attention_mask is None
         if module.training and torch.is_grad_enabled() and is_unmasked:
-            return block.compute(hidden_states, *position_embeddings, masks, packing)
+            asked = (hidden_states, *position_embeddings, masks, packing)
+            if module.gradient_checkpointing:  # transformers' own is in the method that this one replaces
+                return checkpoint(block.compute, *asked, use_reentrant=False, context_fn=masks.again)  # type: ignore[no-any-return]
+            return block.compute(*asked)
         return plain(hidden_states, attention_mask, position_embeddings=position_embeddings, packing=packing, **options)
 
     return forward

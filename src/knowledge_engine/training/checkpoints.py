@@ -213,6 +213,7 @@ class Checkpoints:
         self._context = context
         self._facts = json.loads(json.dumps(facts))
         self._seconds = settings.checkpoint_seconds
+        self._num_devices = settings.training_devices
         self._save_steps = save_steps
         self._root = context.work_dir / FOLDER
         self.newest_step = 0
@@ -327,7 +328,7 @@ class Checkpoints:
             "position": asdict(boundary.position),
             "masks": list(boundary.randomness.masks),
             "facts": self._facts,
-            "environment": _environment(),
+            "environment": _environment(self._num_devices),
         }
         contents[_PROGRESS] = json.dumps(progress, indent=1).encode()
         return contents
@@ -412,7 +413,9 @@ class Checkpoints:
             raise _DamagedError(f"it holds step {position.step}")
         if problem := learned.difference(files):
             raise _DamagedError(problem)
-        now = {name: value for name, value in _environment().items() if name in environment}  # older ones say less
+        now = {
+            name: value for name, value in _environment(self._num_devices).items() if name in environment
+        }  # older ones say less
         if changed := _changed(environment, now):
             self._context.warn(
                 ENVIRONMENT_CHANGED,
@@ -498,11 +501,11 @@ def _completed(facts: dict[str, Any]) -> dict[str, Any]:
     return facts | {"spec": TrainingSpec.model_validate(facts["spec"]).model_dump(mode="json")}
 
 
-def _environment() -> dict[str, Any]:
+def _environment(num_devices: int) -> dict[str, Any]:
     """What may change the last digits of a loss, and nothing else."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
-    return {"device": device} | threads | {name: version(name) for name in LIBRARIES}
+    return {"device": device, "devices": num_devices} | threads | {name: version(name) for name in LIBRARIES}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

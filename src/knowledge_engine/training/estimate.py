@@ -15,8 +15,9 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from knowledge_engine.training.plan import (
     EVALUATION_BATCH_SIZE,
     FUSED_LAYERS,
     count_steps,
+    deal_window,
     plan_windows,
     split_window,
     tokens_at_once,
@@ -154,12 +156,14 @@ class Material:
 
 @dataclass(frozen=True)
 class Need:
-    """What a run takes, whatever is there."""
+    """What a run takes, whatever is there. With `gradient_checkpointing` its layers keep their inputs alone and are
+    computed once more in the backward pass, about a third more work."""
 
     memory: Memory
     disk_bytes: int
     num_steps: int
     num_tokens: int
+    gradient_checkpointing: bool
 
 
 @dataclass(frozen=True)
@@ -190,9 +194,29 @@ class Preflight:
         """Raises UpstreamError: STATE_UNAVAILABLE."""
         device = devices.default_device()
         shape = read_shape(base.folder)
-        need = compute_need(shape, spec, material, base, device)
+
+        def need_of(candidate: TrainingSpec, *, gradient_checkpointing: bool = False) -> Need:
+            return compute_need(
+                shape,
+                candidate,
+                material,
+                base,
+                device,
+                gradient_checkpointing=gradient_checkpointing,
+                num_devices=self._settings.training_devices,
+                is_served_in_nf4=self._settings.serving_precision == "nf4",
+            )
+
+        need = need_of(spec)
         room = _Room(self._settings, self._state.held_memory())
-        nearest = None if room.takes(need) else _nearest(shape, spec, material, base, device, room)
+        nearest = None
+        if not room.takes(need):
+            nearest = _nearest(spec, need_of, room)
+            less = need_of(spec, gradient_checkpointing=True)
+            if (nearest is None or nearest.use_qlora is not spec.use_qlora) and room.takes(less):
+                need, nearest = less, None
+            elif nearest is None:
+                nearest = _nearest(spec, partial(need_of, gradient_checkpointing=True), room)
         rate = self._tokens_per_second(spec)
         return Estimate(
             need=need,
@@ -320,15 +344,13 @@ class _Room:
         return need.memory.expected_bytes <= self.available_bytes
 
 
-def _nearest(
-    shape: Shape, spec: TrainingSpec, material: Material, base: Base, device: str, room: _Room
-) -> TrainingSpec | None:
+def _nearest(spec: TrainingSpec, need_of: Callable[[TrainingSpec], Need], room: _Room) -> TrainingSpec | None:
     """The first that fits of: a smaller micro-batch of the same effective batch, then the other precision too.
 
     `max_length` is no candidate: rows are never cut, so it takes no memory that they do not.
     """
     for candidate in _candidates(spec):
-        if room.takes(compute_need(shape, candidate, material, base, device)):
+        if room.takes(need_of(candidate)):
             return candidate
     return None
 
@@ -390,42 +412,85 @@ def read_shape(folder: Path) -> Shape:
     )
 
 
-def compute_need(shape: Shape, spec: TrainingSpec, material: Material, base: Base, device: str) -> Need:
+def compute_need(
+    shape: Shape,
+    spec: TrainingSpec,
+    material: Material,
+    base: Base,
+    device: str,
+    *,
+    gradient_checkpointing: bool = False,
+    num_devices: int = 1,
+    is_served_in_nf4: bool = False,
+) -> Need:
+    """Memory is that of each device where several share the training; processes on a CPU share the host's."""
     num_steps, per_epoch = count_steps(spec, len(material.train))
     adapter = sum(spec.lora.rank * (linear.inputs + linear.outputs) for linear in shape.adapted(spec.lora)) * 4
     tokenizer = sum((base.folder / name).stat().st_size for name in _TOKENIZER_FILES if (base.folder / name).is_file())
     version = adapter + tokenizer
     return Need(
-        memory=_memory(shape, spec, material, adapter, num_steps, per_epoch, device),
+        memory=_memory(
+            shape,
+            spec,
+            material,
+            adapter,
+            num_steps,
+            per_epoch,
+            device,
+            num_devices,
+            gradient_checkpointing=gradient_checkpointing,
+            is_served_in_nf4=is_served_in_nf4,
+        ),
         disk_bytes=_CHECKPOINTS * (_ADAM_COPIES - 1 + spec.load_best_model_at_end) * adapter
         + 2 * version
         + _SMALL_FILES_BYTES,
         num_steps=num_steps,
         num_tokens=_count_tokens(spec, material, num_steps, per_epoch),
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 
 def _memory(
-    shape: Shape, spec: TrainingSpec, material: Material, adapter: int, num_steps: int, per_epoch: int, device: str
+    shape: Shape,
+    spec: TrainingSpec,
+    material: Material,
+    adapter: int,
+    num_steps: int,
+    per_epoch: int,
+    device: str,
+    num_devices: int,
+    *,
+    gradient_checkpointing: bool,
+    is_served_in_nf4: bool,
 ) -> Memory:
     """All phases: loading, the steps with their checkpoints, and with the base as it is served the comparison and the
     golden values; those in other precisions take less on a CPU, and of a device nothing.
 
-    On a CPU what was freed stays resident, so the largest phase decides, and what a later phase adds to it.
+    On a CPU what was freed stays resident, so the largest phase decides, and what a later phase adds to it. Several
+    devices load the whole base each before they share its linear weights out; while they train, each holds two layers'
+    whole, the one at work and the next.
     """
     size = 2 if device == devices.CUDA and devices.has_bfloat16() else 4
     weights = _weight_bytes(shape, size, device, use_qlora=spec.use_qlora)
-    batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device)
-    step = max(_step_bytes(shape, spec, num_tokens, batch, size, device) for num_tokens, batch in batches)
+    batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device, num_devices)
+    num_kept = 1 if gradient_checkpointing else shape.num_layers
+    step = max(_step_bytes(shape, spec, num_tokens, batch, size, device, num_kept) for num_tokens, batch in batches)
     libraries = _LIBRARIES_BYTES[device]
     served = size * shape.num_weights
+    if is_served_in_nf4:
+        served = _weight_bytes(shape, size, device, use_qlora=True)
     copies = _ADAM_COPIES + spec.load_best_model_at_end
     if device == devices.CUDA:  # a checkpoint's copy is made on the host, and files are not mapped
-        training = weights + round(_CUDA_FRAGMENTATION * (copies * adapter + step))
+        held = weights
+        if num_devices > 1:
+            linear = round((_NF4_BYTES if spec.use_qlora else size) * shape.num_linear_weights)
+            held += linear // num_devices + 2 * linear // max(1, shape.num_layers) - linear
+        training = max(weights, held + round(_CUDA_FRAGMENTATION * (copies * adapter + step)))
     else:
         work = copies * adapter + max(step, (copies - 1) * adapter)
         fragmentation = _FUSED_FRAGMENTATION if _is_fused(shape, spec, device) else _FRAGMENTATION
         training = weights + round(fragmentation * work)
+        training += (num_devices - 1) * (libraries + training)
         served = max(shape.file_bytes, served)
     evaluated = _evaluation_bytes(shape, material.held_out, size, adapter) if material.held_out else 0
     recorded = adapter
@@ -459,9 +524,11 @@ def _weight_bytes(shape: Shape, size: int, device: str, *, use_qlora: bool) -> i
     return max(shape.file_bytes, left_behind) + kept + quantised
 
 
-def _step_bytes(shape: Shape, spec: TrainingSpec, tokens: int, batch: Sequence[Row], size: int, device: str) -> int:
-    """Live at the largest moment of a batch, besides weights and optimizer: all that the layers keep, and the larger of
-    the head's chunk and the backward pass of one layer."""
+def _step_bytes(
+    shape: Shape, spec: TrainingSpec, tokens: int, batch: Sequence[Row], size: int, device: str, num_kept: int
+) -> int:
+    """Live at the largest moment of a batch, besides weights and optimizer: all that `num_kept` layers keep, the input
+    of each that keeps nothing else, and the larger of the head's chunk and the backward pass of one layer."""
     trained = sum(row.num_trained for row in batch)
     adapted = shape.adapted(spec.lora)
     heads_width = shape.num_heads * shape.head_width
@@ -470,13 +537,16 @@ def _step_bytes(shape: Shape, spec: TrainingSpec, tokens: int, batch: Sequence[R
         numbers += 2 * shape.width + 2 * shape.inner
     else:
         numbers += 4 * shape.width + _KNOWN.get(shape.architecture, 4) * shape.inner
-    kept = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
-    kept += (4 - size) * tokens * shape.num_layers * 2 * shape.width  # both norms compute in float32
+    in_all = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
+    in_all += (4 - size) * tokens * shape.num_layers * 2 * shape.width  # both norms compute in float32
     if spec.lora.dropout:
-        kept += tokens * sum(linear.inputs for linear in adapted)
+        in_all += tokens * sum(linear.inputs for linear in adapted)
     if spec.lora.use_dora:  # PEFT's own: both products and the dropped input, and NF4 weights as they are multiplied
-        kept += size * tokens * sum(2 * linear.outputs + linear.inputs for linear in adapted)
-        kept += size * shape.num_linear_weights if spec.use_qlora and spec.lora.dropout else 0
+        in_all += size * tokens * sum(2 * linear.outputs + linear.inputs for linear in adapted)
+        in_all += size * shape.num_linear_weights if spec.use_qlora and spec.lora.dropout else 0
+    kept = in_all * num_kept // shape.num_layers
+    if num_kept < shape.num_layers:
+        kept += size * tokens * shape.num_layers * shape.width
     kept += 2 * size * (tokens + trained) * shape.width
     head = _head_bytes(shape, trained, size)
     backward = _INNER_BACKWARD_COPIES * size * tokens * shape.inner
@@ -504,18 +574,21 @@ def _head_bytes(shape: Shape, num_positions: int, size: int) -> int:
     return (4 if size == 4 else 4 + size) * min(num_positions, CHUNK_POSITIONS) * shape.vocabulary
 
 
-def _batches(spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str) -> Iterator[tuple[int, list[Row]]]:
-    """What is computed at once, and in how many tokens at most. Packed batches are filled with examples that begin
-    alike, which lengths do not tell, up to the same bound."""
+def _batches(
+    spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str, num_devices: int
+) -> Iterator[tuple[int, list[Row]]]:
+    """What is computed at once, on whichever device, and in how many tokens at most. Packed batches are filled with
+    examples that begin alike, which lengths do not tell, up to the same bound."""
     lengths = [row.length for row in rows]
     size = spec.per_device_train_batch_size
     bound = tokens_at_once(spec, device, size)
     for window in islice(plan_windows(lengths, spec), num_steps):
-        most = sum(sorted(lengths[index] for batch in window for index in batch)[-size:])
-        for members in split_window(window, lengths, spec, device, size):
-            part = [rows[index] for index in members]
-            padded = len(part) * max(row.length for row in part)
-            yield max(padded, min(most, bound)), part
+        for hand in deal_window(window, lengths, num_devices):
+            most = sum(sorted(lengths[index] for index in hand)[-size:])
+            for members in split_window([hand], lengths, spec, device, size):
+                part = [rows[index] for index in members]
+                padded = len(part) * max(row.length for row in part)
+                yield max(padded, min(most, bound)), part
 
 
 def _count_tokens(spec: TrainingSpec, material: Material, num_steps: int, per_epoch: int) -> int:

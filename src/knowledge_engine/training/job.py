@@ -59,6 +59,7 @@ from knowledge_engine.training.material import (
     read_rows,
     width,
 )
+from knowledge_engine.training.plan import has_gradient_checkpointing, remember_gradient_checkpointing
 from knowledge_engine.training.publishing import (
     Kept,
     Trained,
@@ -69,6 +70,7 @@ from knowledge_engine.training.publishing import (
     publish_patiently,
     training_facts,
 )
+from knowledge_engine.training.ranks import Task, demand_devices, load_tuned, together
 from knowledge_engine.training.shortages import Shortages
 
 DORA_NOT_EVERYWHERE = "DORA_NOT_EVERYWHERE"
@@ -173,10 +175,16 @@ def _obtain(
         need = demand_room(settings, spec, base, material.train, material.held_out, shortages.micro_batch)
         if need is not None:  # better known than at its creation, where its base was not prepared, or less goes at once
             context.expect_memory(need.memory.expected_bytes)
+            if need.gradient_checkpointing:
+                remember_gradient_checkpointing(context.work_dir)
     folder = registry.stage(context.job.id, context.job.attempt)
     checkpoints = Checkpoints(context, settings, facts, spec.save_steps)
     start = _start_from(registry, spec)
-    summary = _train(context, spec, base, material, start, folder, tracker, device, checkpoints, shortages)
+    task = Task(
+        context.job, spec, base, start, material.train, material.held_out, device, shortages.micro_batch,
+        has_gradient_checkpointing(context.work_dir),
+    )  # fmt: skip
+    summary = _train(context, settings, task, folder, tracker, checkpoints, shortages)
     comparison = _try_out(context, settings, spec, base, material, folder, summary.num_steps, device)
     _record_elsewhere(context, settings, base, folder, device)
     for name in _TOKENIZER_FILES:
@@ -200,6 +208,7 @@ def _load_base_facts(context: JobContext, settings: Settings, spec: TrainingSpec
     if preparation.asked_the_hub:
         context.observe(Service.HUB, None)
     modeling.serving_precision(base, device, settings.serving_precision)  # before a training that could not be served
+    demand_devices(settings, device)
     revision = f" at {base.revision[:12]}" if base.revision else ""
     context.log(
         f"base model {base.name}: {base.source}{revision} ({base.architecture}, {base.digest[:19]}), "
@@ -265,34 +274,29 @@ def _encode(spec: TrainingSpec, base: Base, datasets: Datasets, registry: Regist
 
 def _train(
     context: JobContext,
-    spec: TrainingSpec,
-    base: Base,
-    material: _Material,
-    start: Path | None,
+    settings: Settings,
+    task: Task,
     folder: Path,
     tracker: Tracker,
-    device: str,
     checkpoints: Checkpoints,
     shortages: Shortages,
 ) -> TrainedSummary:
     """Trains and writes the adapter into `folder`; the training model is gone when it returns."""
     failpoint("training.load")
-    model = modeling.load_base(base, modeling.training_precision(device, use_qlora=spec.use_qlora), device)
-    context.check()
-    tuned = modeling.attach_lora(model, spec.lora, spec.seed)
-    if start is not None:
-        modeling.load_adapter(tuned, start)
-        context.log(f"goes on from {spec.start_from}")
-    micro_batch = shortages.micro_batch
-    try:
-        with shortages.training():
-            summary = train(
-                tuned, material.train, material.held_out, spec, context, tracker.log, device, checkpoints, micro_batch
-            )
-    except KnowledgeEngineError as error:
-        raise (checkpoints.with_whereabouts(error) if error.reason is Reason.NON_FINITE else error) from None
-    modeling.save_adapter(tuned, folder, base)
-    del model, tuned
+    with together(context, settings, task) as ranks:
+        tuned = load_tuned(task, ranks, context.check)
+        if task.start is not None:
+            context.log(f"goes on from {task.spec.start_from}")
+        try:
+            with shortages.training():
+                summary = train(
+                    tuned, task.train, task.held_out, task.spec, context, tracker.log, task.device, checkpoints,
+                    task.micro_batch, ranks, gradient_checkpointing=task.gradient_checkpointing,
+                )  # fmt: skip
+        except KnowledgeEngineError as error:
+            raise (checkpoints.with_whereabouts(error) if error.reason is Reason.NON_FINITE else error) from None
+        modeling.save_adapter(tuned, folder, task.base)
+        del tuned
     _free_memory()
     return summary
 

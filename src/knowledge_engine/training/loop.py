@@ -40,7 +40,7 @@ from knowledge_engine.training.checkpoints import (
 from knowledge_engine.training.data import Batch, collate
 from knowledge_engine.training.lora import use_fused_lora
 from knowledge_engine.training.loss import check_head, loss_of, mean_loss
-from knowledge_engine.training.material import Item, num_units, sides_of, width
+from knowledge_engine.training.material import Item, num_tokens, num_units, sides_of, width
 from knowledge_engine.training.packing import use_packing
 from knowledge_engine.training.plan import (
     EVALUATION_BATCH_SIZE,
@@ -49,6 +49,7 @@ from knowledge_engine.training.plan import (
     plan_windows,
     split_window,
 )
+from knowledge_engine.training.ranks import ALONE, Ranks
 
 _MAX_ZEROS = 5
 
@@ -94,10 +95,14 @@ def train(
     device: str,
     checkpoints: Checkpoints,
     micro_batch: int | None = None,
+    ranks: Ranks = ALONE,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> TrainedSummary:
     """Trains the adapter in place, from the newest checkpoint on where there is one.
 
-    At most `micro_batch` items are computed at once, by default a whole batch; the steps are the same.
+    At most `micro_batch` items are computed at once, by default a whole batch; the steps are the same, however many
+    `ranks` share them, and with `gradient_checkpointing`, which computes layers twice and keeps their inputs alone.
 
     Raises:
         KnowledgeEngineError: NON_FINITE, naming the step.
@@ -115,18 +120,27 @@ def train(
     masks = use_fused_lora(model, spec.seed)
     if num_layers := use_fused_layers(model, masks):
         context.log(f"{num_layers} decoder layers are computed in one piece each")
+    if gradient_checkpointing:
+        modeling.use_gradient_checkpointing(model, masks.again)
+        context.log("gradient checkpointing: layers are computed twice, as memory asks for it")
     check_head(model, collate(items[:1], device))
     longest_packed = use_packing(model, items[0])
     loss_of_batch = loss_of(spec)
-    teller = _Teller(model, held_out, spec, context, log, device, steps_per_epoch)
+    teller = _Teller(model, held_out, spec, context, log, device, steps_per_epoch, ranks)
     best = Best(weights) if spec.load_best_model_at_end else None
     model.train()
     noise = _Noise(model, spec.neftune_noise_alpha)
-    at_once = micro_batch or spec.per_device_train_batch_size
 
-    position = checkpoints.resume(learned, masks, device, best)
+    position = ranks.agree(checkpoints.resume(learned, masks, device, best), learned, best)
     lengths = [*map(width, items)]
     windows = plan_windows(lengths, spec)
+    at_once = micro_batch or spec.per_device_train_batch_size
+
+    def split(hand: Sequence[int]) -> list[list[int]]:
+        if _is_packable([items[index] for index in hand], longest_packed):
+            return pack_window([hand], items, spec, device, at_once)
+        return split_window([hand], lengths, spec, device, at_once)
+
     order = hashlib.sha256()
     for _ in range(position.step):
         order.update(_names(next(windows)))
@@ -143,24 +157,21 @@ def train(
                 context.log(f"stops early, after step {step - 1}: {_patience(spec)} without a new lowest loss")
                 break
             window = next(windows)
-            num_trained = sum(num_units(items[index]) for batch in window for index in batch)
+            members = [items[index] for batch in window for index in batch]
+            num_trained = sum(map(num_units, members))
             step_loss = 0.0
-            examples = [side for batch in window for index in batch for side in sides_of(items[index])]
-            is_packed = all(len(example.input_ids) <= longest_packed for example in examples)
-            parts = (
-                pack_window(window, items, spec, device, at_once)
-                if is_packed
-                else split_window(window, lengths, spec, device, at_once)
-            )
-            for members in parts:
+            ranks.toss(masks, spec.seed, step)
+            for part, times in ranks.parts(window, lengths, split):
                 context.check()
                 failpoint("training.batch")
-                batch = collate([items[index] for index in members], device, is_packed=is_packed)
+                examples = [items[index] for index in part]
+                batch = collate(examples, device, is_packed=_is_packable(examples, longest_packed))
                 noise.length = batch.length
-                loss = loss_of_batch(model, batch)
+                loss = times * loss_of_batch(model, batch)
                 (loss / num_trained).backward()  # type: ignore[no-untyped-call]
                 step_loss += loss.item()
-                meter.count(batch)
+            step_loss = ranks.add_up(weights.values(), step_loss)
+            meter.count(members)
             grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), spec.max_grad_norm or math.inf).item()
             demand_finite("the loss", step_loss, step)
             demand_finite("the gradient norm", grad_norm, step)
@@ -201,6 +212,10 @@ def train(
             f"step {published} of {position.step} is published: its loss, {position.selection.loss:.4f}, is the lowest"
         )
     return TrainedSummary(sum(losses) / sum(units), position.step, position.num_tokens, position.seconds, published)
+
+
+def _is_packable(items: Sequence[Item], longest: int) -> bool:
+    return all(len(example.input_ids) <= longest for item in items for example in sides_of(item))
 
 
 def _is_no_better(spec: TrainingSpec, position: Position) -> bool:
@@ -246,6 +261,7 @@ class _Teller:
         log: Log,
         device: str,
         steps_per_epoch: int,
+        ranks: Ranks,
     ) -> None:
         self._model = model
         self._held_out = held_out
@@ -254,6 +270,7 @@ class _Teller:
         self._log = log
         self._device = device
         self._steps_per_epoch = steps_per_epoch
+        self._ranks = ranks
 
     def tell(self, result: StepResult, meter: _Meter) -> float | None:
         """The loss in evaluation, where the step is due for one."""
@@ -262,8 +279,10 @@ class _Teller:
         is_last = spec.load_best_model_at_end and step == meter.total_steps
         if spec.eval_steps and (step % spec.eval_steps == 0 or is_last):
             with meter.paused():
-                batches = evaluation_batches(self._held_out, self._device)
-                eval_loss, _ = mean_loss(self._model, batches, self._context.check, loss_of(spec))
+                eval_loss = self._ranks.mean_loss(
+                    evaluation_batches(self._held_out, self._device),
+                    lambda batches: mean_loss(self._model, batches, self._context.check, loss_of(spec)),
+                )
             demand_finite("the held-out loss", eval_loss, step)
             self._log({"eval/loss": eval_loss, "train/global_step": step}, step)
         if step % spec.logging_steps == 0 or step == meter.total_steps or eval_loss is not None:
@@ -348,9 +367,9 @@ class _Meter:
         """Over all attempts, pauses left out."""
         return self._seconds_before + time.perf_counter() - self._started - self._paused_seconds
 
-    def count(self, batch: Batch) -> None:
-        self._num_examples += batch.num_examples
-        self._num_tokens += batch.num_tokens
+    def count(self, items: Sequence[Item]) -> None:
+        self._num_examples += len(items)
+        self._num_tokens += sum(map(num_tokens, items))
 
     def position(
         self,

@@ -9,7 +9,8 @@ Shapes: M tokens of the batch, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -120,6 +121,22 @@ class Masks:
             return torch.rand_like(like, dtype=torch.float32) < probability
         words = np.frombuffer(self._random.bytes(2 * like.numel()), dtype=np.uint16)
         return torch.from_numpy(words < round(probability * 65_536)).view(like.shape)
+
+    def again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For a pass and one that repeats it later: the tosses of the second fall as those of the first. This is a
+        `context_fn` of `torch.utils.checkpoint`."""
+        first = self.state()
+
+        @contextmanager
+        def repeated() -> Iterator[None]:
+            now = self.state()
+            self.restore(first)
+            try:
+                yield
+            finally:
+                self.restore(now)
+
+        return nullcontext(), repeated()
 
     def state(self) -> tuple[int, ...]:
         """Where the series of tosses stands, as six whole numbers."""

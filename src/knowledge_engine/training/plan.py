@@ -23,7 +23,7 @@ CHUNK_POSITIONS = 512
 FUSED_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
 """The architectures whose layers are computed in one piece, and what transformers calls such a layer."""
 
-_MICRO_BATCH = "micro_batch.json"
+_MICRO_BATCH, _CHECKPOINTING = "micro_batch.json", "gradient_checkpointing.json"
 _TOKENS_AT_ONCE = {devices.CPU: 1024, devices.CUDA: 16_384}
 """Tokens of one forward pass, padding included. More would take memory and make a CPU no faster (record 0015);
 a GPU wants to be filled."""
@@ -38,11 +38,26 @@ def read_micro_batch(folder: Path, spec: TrainingSpec) -> int:
     return kept if isinstance(kept, int) and kept > 0 else spec.per_device_train_batch_size
 
 
-def halve_micro_batch(folder: Path, spec: TrainingSpec) -> str | None:
-    """From the next attempt on half as many examples are computed at once; says so in a sentence. None where that is
-    done already or cannot be."""
+def has_gradient_checkpointing(folder: Path) -> bool:
+    """Whether layers are computed once more in the backward pass instead of kept: the same numbers, in less memory."""
+    return read_json(folder / _CHECKPOINTING).get("gradient_checkpointing") is True
+
+
+def remember_gradient_checkpointing(folder: Path) -> None:
+    """For this attempt of the job, and for all that follow."""
+    replace_durably(folder / _CHECKPOINTING, json.dumps({"gradient_checkpointing": True}).encode())
+
+
+def take_less(folder: Path, spec: TrainingSpec) -> str | None:
+    """From the next attempt on half as many examples are computed at once, or where that is one already, layers are
+    computed twice; says so in a sentence. None where that is done already."""
     asked = spec.per_device_train_batch_size
-    if asked < 2 or read_micro_batch(folder, spec) != asked:
+    if asked < 2:
+        if has_gradient_checkpointing(folder):
+            return None
+        remember_gradient_checkpointing(folder)
+        return "memory ran out with one conversation at once; the training goes on with gradient checkpointing"
+    if read_micro_batch(folder, spec) != asked:
         return None
     half = asked // 2
     replace_durably(folder / _MICRO_BATCH, json.dumps({"per_device_train_batch_size": half}).encode())
@@ -137,3 +152,10 @@ def _cost(part: Sequence[int], rows: Mapping[int, Sequence[Sequence[int]]]) -> f
 def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
     """Tokens with which both begin."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def deal_window(window: Sequence[Sequence[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """The examples of an optimizer step for each rank, dealt out by length, so that all have nearly as much to do. One
+    may have none."""
+    ordered = sorted((index for batch in window for index in batch), key=lambda index: lengths[index])
+    return [ordered[rank::num_ranks] for rank in range(num_ranks)]

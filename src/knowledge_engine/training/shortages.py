@@ -1,6 +1,6 @@
 """Memory and disk that run out: told from other failures, and turned into ones that say what to change.
 
-Memory may get a second chance, in a fresh process at half the micro-batch; the job's folder remembers that.
+Memory may get a second chance, in a fresh process that takes less; the job's folder remembers that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from knowledge_engine.core import JobContext, JobStopped, StopReason, TrainingSp
 from knowledge_engine.errors import CapacityError, KnowledgeEngineError, Reason
 from knowledge_engine.files import read_json, replace_durably
 from knowledge_engine.settings import Settings
-from knowledge_engine.training.plan import CHECKPOINTS, halve_micro_batch, read_micro_batch
+from knowledge_engine.training.plan import CHECKPOINTS, read_micro_batch, take_less
 from knowledge_engine.training.publishing import wait
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -67,7 +67,7 @@ class Shortages:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """In here a smaller micro-batch helps against too little memory."""
+        """In here taking less helps against too little memory."""
         self._is_training = True
         yield
         self._is_training = False  # left as it is by a failure, for `told`
@@ -78,7 +78,7 @@ class Shortages:
 
         Raises:
             KnowledgeEngineError: OUT_OF_MEMORY, CapacityError: DISK_FULL, each with figures and advice.
-            JobStopped: RETRY, with half the micro-batch.
+            JobStopped: RETRY, taking less.
         """
         try:
             yield
@@ -101,7 +101,7 @@ class Shortages:
                 raise JobStopped(StopReason.RETRY, "the disk was full; it goes on from what is kept") from error
             raise disk_full(error, self._settings.data_dir, "the job could not write its files") from error
         if modeling.is_out_of_memory(error):
-            if message := self._halved():
+            if message := self._less():
                 self._context.warn(Reason.OUT_OF_MEMORY.value, message)
                 raise JobStopped(StopReason.RETRY, message) from error
             raise self._out_of_memory(error) from error
@@ -126,10 +126,10 @@ class Shortages:
         )
         wait(seconds, self._context.check)
 
-    def _halved(self) -> str | None:
+    def _less(self) -> str | None:
         if not self._spec.auto_find_batch_size or not self._is_training:
             return None
-        return halve_micro_batch(self._context.work_dir, self._spec)
+        return take_less(self._context.work_dir, self._spec)
 
     def _out_of_memory(self, error: Exception) -> KnowledgeEngineError:
         held = modeling.peak_device_memory(self._device)

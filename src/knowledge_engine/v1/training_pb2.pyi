@@ -604,6 +604,7 @@ class TrainingEstimate(_message.Message):
     FITS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     NEAREST_SPEC_FIELD_NUMBER: _builtins.int
+    GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """The device: `cpu`, or `cuda`."""
     total_memory_bytes: _builtins.int
@@ -620,6 +621,10 @@ class TrainingEstimate(_message.Message):
     """Whether the run would be accepted: the expected memory and the disk space are there once other jobs have ended."""
     refusal: _builtins.str
     """Why it would not, in a sentence; empty when it would."""
+    gradient_checkpointing: _builtins.bool
+    """Whether layers are computed once more in the backward pass instead of kept, about a third more work. It comes by
+    itself where no smaller micro-batch would fit; the memory above is that with it.
+    """
     @_builtins.property
     def memory(self) -> Global___TrainingEstimate.MemoryRange:
         """Largest memory of the worker: resident, or on its CUDA device with the CUDA context."""
@@ -653,10 +658,11 @@ class TrainingEstimate(_message.Message):
         fits: _builtins.bool = ...,
         refusal: _builtins.str = ...,
         nearest_spec: Global___TrainingSpec | None = ...,
+        gradient_checkpointing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "nearest_spec", b"nearest_spec", "training_time", b"training_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "disk_bytes", b"disk_bytes", "fits", b"fits", "free_disk_bytes", b"free_disk_bytes", "held_memory_bytes", b"held_memory_bytes", "memory", b"memory", "nearest_spec", b"nearest_spec", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "refusal", b"refusal", "total_memory_bytes", b"total_memory_bytes", "training_time", b"training_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "disk_bytes", b"disk_bytes", "fits", b"fits", "free_disk_bytes", b"free_disk_bytes", "gradient_checkpointing", b"gradient_checkpointing", "held_memory_bytes", b"held_memory_bytes", "memory", b"memory", "nearest_spec", b"nearest_spec", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "refusal", b"refusal", "total_memory_bytes", b"total_memory_bytes", "training_time", b"training_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,6 +57,7 @@ from knowledge_engine.training.loop import evaluation_batches, learning_rate_at,
 from knowledge_engine.training.lora import Masks, use_fused_lora
 from knowledge_engine.training.loss import batch_loss, check_head, mean_loss
 from knowledge_engine.training.material import num_trained
+from knowledge_engine.training.packing import use_packing
 from knowledge_engine.training.plan import count_steps, plan_batches
 from tests.fake_wandb import FakeWandb, Received, fake_wandb, wait_for
 from tests.tiny import CONTEXT, FAMILIES, build_tiny_adapter, build_tiny_base
@@ -277,8 +278,9 @@ def test_the_short_ways_equal_the_plain_loss_and_its_gradients(
     plain = model(input_ids=batch.input_ids, attention_mask=mask, labels=labels).loss
     plain_gradients = torch.autograd.grad(plain, weights)
 
-    def equals_the_plain_one() -> None:
-        short = batch_loss(model, batch) / len(batch.targets)
+    def equals_the_plain_one(*, is_packed: bool = False) -> None:
+        asked = collate(examples[:3], "cpu", is_packed=is_packed)
+        short = batch_loss(model, asked) / len(asked.targets)
         gradients = torch.autograd.grad(short, weights)
         assert short.item() == pytest.approx(plain.item(), abs=1e-5)
         for ours, theirs in zip(gradients, plain_gradients, strict=True):
@@ -286,8 +288,11 @@ def test_the_short_ways_equal_the_plain_loss_and_its_gradients(
 
     masks = use_fused_lora(model, 0)
     equals_the_plain_one()
+    assert use_packing(model, examples[0])
+    equals_the_plain_one(is_packed=True)
     assert use_fused_layers(model, masks) == (0 if family == "gpt2" else model.config.num_hidden_layers)
     equals_the_plain_one()
+    equals_the_plain_one(is_packed=True)
     with torch.no_grad():
         model.eval()
         assert batch_loss(model, batch).item() / len(batch.targets) == pytest.approx(plain.item(), abs=1e-5)
@@ -305,10 +310,11 @@ def test_a_fused_layer_drops_what_its_modules_would(
         for weight in (weights := [w for w in model.parameters() if w.requires_grad]):
             torch.nn.init.normal_(weight, std=0.05)
         masks = use_fused_lora(model, 5)
+        assert use_packing(model, examples[0])
         if is_fused:
             assert use_fused_layers(model, masks)
         model.train()
-        loss = batch_loss(model, collate(examples[:2], "cpu"))
+        loss = batch_loss(model, collate(examples[:2], "cpu", is_packed=True))
         results.append((loss, *torch.autograd.grad(loss, weights), masks.state()))
     for plain, fused in zip(*results, strict=True):
         if isinstance(plain, torch.Tensor):

@@ -171,6 +171,14 @@ def _read_limit(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None  # "max" is none
 
 
+def prepare_compiler(settings: Settings) -> None:
+    """Tells numba how many threads there are, and where it keeps what it compiled if not beside its source: for
+    `settings`, and before it is imported, when it reads this."""
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))))
+    if not os.access(Path(__file__).parent, os.W_OK):
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir.absolute() / "kernels"))
+
+
 @functools.cache
 def is_zen3() -> bool:
     """Whether this CPU is an AMD of the generation that came before AVX-512."""

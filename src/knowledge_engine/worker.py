@@ -263,6 +263,7 @@ def run_job(attempt: Attempt, settings: Settings, state: State) -> JobResult:
     match attempt.job.kind:
         case JobKind.TRAINING:
             failpoint("training.begin")
+            devices.prepare_compiler(settings)
             from knowledge_engine.training.job import run_training
 
             return run_training(attempt, settings, datasets, Registry.open(settings))

@@ -10,7 +10,6 @@ numbers of sixteen bits with a unit for every token and head; a sequence's table
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,21 @@ from llvmlite import binding, ir
 from numba import carray, get_num_threads, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from knowledge_engine.compiled import (
+    BYTE,
+    IN_ANY_ORDER,
+    KEPT,
+    OPTIONS,
+    SIZE,
+    WIDE,
+    WIDTH,
+    WORD,
+    everywhere,
+    exp,
+    load,
+    sum_up,
+)
 
 BLOCK_TOKENS = 64
 HALF_LEVELS = 63
@@ -43,16 +57,8 @@ Array = np.ndarray[Any, Any]
 _F32 = np.float32
 _AMOUNT, _INFINITE, _LEAST = np.int32(0x7FFFFFFF), np.int32(0x7F800000), np.int32(-0x80000000)
 _SIGN = np.int32(31)
-_SMALLEST = _F32(-87.0)  # e to the power of less is no normal number any more
-# Fused multiply-add is the one liberty that the compiler has: it rounds once instead of twice, in every row alike.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 # Where two ways must give the same, not even that.
-_AS_WRITTEN = _OPTIONS | {"fastmath": False}
-# And here the order of a sum, which it chooses once, for all rows.
-_IN_ANY_ORDER = _OPTIONS | {"fastmath": {"contract", "reassoc", "nsz"}}
-# Only what Python calls is kept on the disk, and nothing kept calls another: what numba 0.68 compiles beside a kept
-# function with a parallel loop crashes once it is kept itself.
-_KEPT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+_AS_WRITTEN = OPTIONS | {"fastmath": False}
 
 
 class Linear(NamedTuple):
@@ -141,25 +147,17 @@ _AHEAD = 4608
 _HAS_PAIRS = _HAS_WIDE or binding.get_host_cpu_features().get("avx2", False)
 
 
-_BYTE, _SHORT, _WORD, _SIZE = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_MANY, _SUMS = ir.VectorType(_SHORT, _LANES), ir.VectorType(_WORD, _LANES // 2)
-_WIDTH, _TILE = 16, 32
-"""Floating-point numbers side by side, on every CPU, and outputs of an adapter at once."""
-_WIDE = ir.VectorType(ir.FloatType(), _WIDTH)
+_SHORT = ir.IntType(16)
+_MANY, _SUMS = ir.VectorType(_SHORT, _LANES), ir.VectorType(WORD, _LANES // 2)
+_TILE = 32
+"""Outputs of an adapter at once."""
 
 
 def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: Any) -> tuple[Any, Any]:
     """Where an array begins, and the bytes from one of its rows to the next."""
     struct = context.make_array(kind)(context, builder, array)
     stride = cgutils.unpack_tuple(builder, struct.strides)[0]
-    return builder.bitcast(struct.data, _BYTE.as_pointer()), stride
-
-
-def _load(builder: ir.IRBuilder, pointer: Any, at: Any, kind: Any, align: int) -> Any:
-    """What lies so many bytes after the pointer."""
-    value = builder.load(builder.bitcast(builder.gep(pointer, [at]), kind.as_pointer()))
-    value.align = align
-    return value
+    return builder.bitcast(struct.data, BYTE.as_pointer()), stride
 
 
 def _pairs(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
@@ -170,46 +168,16 @@ def _pairs(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, _PAIRS), [a, b])
     halves = []
     for start in (0, 1):
-        mask = ir.Constant(ir.VectorType(_WORD, _LANES // 2), [_WORD(2 * k + start) for k in range(_LANES // 2)])
+        mask = ir.Constant(ir.VectorType(WORD, _LANES // 2), [WORD(2 * k + start) for k in range(_LANES // 2)])
         parts = [builder.shuffle_vector(value, ir.Constant(_MANY, ir.Undefined), mask) for value in (a, b)]
         halves.append(builder.mul(*(builder.sext(part, _SUMS) for part in parts)))
     return builder.add(*halves)
 
 
-def _sum_up(
-    builder: ir.IRBuilder, bounds: tuple[Any, Any, int], totals: list[Any], body: Callable[[Any, list[Any]], list[Any]]
-) -> list[Any]:
-    """A loop over an index (from, to, by), taken once at least: what `body` makes of the index and the totals so far,
-    in the end."""
-    begin, end, step = bounds
-    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    at = builder.phi(_SIZE)
-    sums = [builder.phi(total.type) for total in totals]
-    added = body(at, sums)
-    following = builder.add(at, _SIZE(step))
-    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
-    at.add_incoming(begin, before)
-    at.add_incoming(following, loop)
-    for total, first, more in zip(sums, totals, added, strict=True):
-        total.add_incoming(first, before)
-        total.add_incoming(more, loop)
-    builder.position_at_end(after)
-    return added
-
-
 def _pointers(context: Any, builder: ir.IRBuilder, kind: Any, array: Any, first: Any, count: int) -> list[Any]:
     """Where the rows of an array begin, so many from the first on."""
     data, stride = _data(context, builder, kind, array)
-    return [builder.gep(data, [builder.mul(stride, builder.add(first, _SIZE(k)))]) for k in range(count)]
-
-
-def _everywhere(builder: ir.IRBuilder, value: Any, count: int) -> Any:
-    """A vector with this value in every place."""
-    nothing = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
-    mask = ir.Constant(ir.VectorType(_WORD, count), [_WORD(0)] * count)
-    return builder.shuffle_vector(builder.insert_element(nothing, value, _WORD(0)), nothing, mask)
+    return [builder.gep(data, [builder.mul(stride, builder.add(first, SIZE(k)))]) for k in range(count)]
 
 
 def _products(builder: ir.IRBuilder, weights: list[Any], rows: list[Any], bounds: tuple[Any, Any, int]) -> list[Any]:
@@ -219,25 +187,25 @@ def _products(builder: ir.IRBuilder, weights: list[Any], rows: list[Any], bounds
     What of the weights comes next is asked for ahead, in the order in which it lies: several rows in turn are more than
     a CPU foresees, and come half as fast.
     """
-    narrow, num_outputs = ir.VectorType(_BYTE, _LANES), len(weights)
-    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
+    narrow, num_outputs = ir.VectorType(BYTE, _LANES), len(weights)
+    kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), WORD, WORD, WORD])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
 
     def body(at: Any, totals: list[Any]) -> list[Any]:
-        of_weights = [builder.sext(_load(builder, pointer, at, narrow, 1), _MANY) for pointer in weights]
-        of_rows = [_load(builder, pointer, builder.shl(at, _SIZE(1)), _MANY, 2) for pointer in rows]
+        of_weights = [builder.sext(load(builder, pointer, at, narrow, 1), _MANY) for pointer in weights]
+        of_rows = [load(builder, pointer, builder.shl(at, SIZE(1)), _MANY, 2) for pointer in rows]
         products = [_pairs(builder, weight, row) for row in of_rows for weight in of_weights]
         for line in range(_AHEAD, _AHEAD + num_outputs * _LANES, 64):
-            ahead = builder.gep(weights[0], [builder.add(builder.mul(at, _SIZE(num_outputs)), _SIZE(line))])
-            builder.call(prefetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
+            ahead = builder.gep(weights[0], [builder.add(builder.mul(at, SIZE(num_outputs)), SIZE(line))])
+            builder.call(prefetch, [ahead, WORD(0), WORD(3), WORD(1)])
         return [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
 
-    return _sum_up(builder, bounds, [ir.Constant(_SUMS, None)] * (len(rows) * num_outputs), body)
+    return sum_up(builder, bounds, [ir.Constant(_SUMS, None)] * (len(rows) * num_outputs), body)
 
 
 def _chosen(builder: ir.IRBuilder, left: Any, right: Any, places: list[int]) -> Any:
     """These places of two vectors that lie one behind the other."""
-    mask = ir.Constant(ir.VectorType(_WORD, len(places)), [_WORD(place) for place in places])
+    mask = ir.Constant(ir.VectorType(WORD, len(places)), [WORD(place) for place in places])
     return builder.shuffle_vector(left, right, mask)
 
 
@@ -282,10 +250,10 @@ def _make_block(num_outputs: int, num_rows: int) -> Any:
             rows = _pointers(context, builder, signature.args[2], args[2], args[3], num_rows)
             totals = _products(builder, weights, rows, (args[4], args[5], _LANES))
             name = f"llvm.vector.reduce.add.v{_LANES // 2}i32"
-            reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_WORD, [_SUMS]), name)
+            reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WORD, [_SUMS]), name)
             out = context.make_array(signature.args[6])(context, builder, args[6]).data
             for index, total in enumerate(totals):
-                builder.store(builder.call(reduce, [total]), builder.gep(out, [_SIZE(index)]))
+                builder.store(builder.call(reduce, [total]), builder.gep(out, [SIZE(index)]))
             return context.get_dummy_value()
 
         return signature, codegen
@@ -306,20 +274,20 @@ def _make_tile(num_rows: int) -> Any:
             weights = _pointers(context, builder, signature.args[0], args[0], args[1], 4)
             rows = _pointers(context, builder, signature.args[2], args[2], args[3], num_rows)
             shape = context.make_array(signature.args[0])(context, builder, args[0]).shape
-            bounds = _SIZE(0), cgutils.unpack_tuple(builder, shape)[1], _LANES
+            bounds = SIZE(0), cgutils.unpack_tuple(builder, shape)[1], _LANES
             sums = _sums_of(builder, _products(builder, weights, rows, bounds))
             kind, four = ir.VectorType(ir.FloatType(), 4 * num_rows), ir.VectorType(ir.FloatType(), 4)
-            of_rows = _load(
+            of_rows = load(
                 builder,
                 _data(context, builder, signature.args[5], args[5])[0],
-                builder.shl(args[3], _SIZE(2)),
+                builder.shl(args[3], SIZE(2)),
                 ir.VectorType(ir.FloatType(), num_rows),
                 4,
             )
-            of_outputs = _load(
+            of_outputs = load(
                 builder,
                 _data(context, builder, signature.args[4], args[4])[0],
-                builder.shl(args[1], _SIZE(2)),
+                builder.shl(args[1], SIZE(2)),
                 four,
                 4,
             )
@@ -328,7 +296,7 @@ def _make_tile(num_rows: int) -> Any:
                 builder.sitofp(sums, kind), _chosen(builder, of_rows, of_rows, [place // 4 for place in places])
             )
             values = builder.fmul(values, _chosen(builder, of_outputs, of_outputs, [place % 4 for place in places]))
-            at = builder.shl(args[1], _SIZE(2))
+            at = builder.shl(args[1], SIZE(2))
             for k, out in enumerate(_pointers(context, builder, signature.args[6], args[6], args[3], num_rows)):
                 place = builder.bitcast(builder.gep(out, [at]), four.as_pointer())
                 part = _chosen(builder, values, values, list(range(4 * k, 4 * k + 4)))
@@ -352,25 +320,25 @@ def _make_strip(num_rows: int, num_vectors: int) -> Any:
             rows = _pointers(context, builder, signature.args[0], args[0], args[1], num_rows)
             data, stride = _data(context, builder, signature.args[2], args[2])
             shape = context.make_array(signature.args[2])(context, builder, args[2]).shape
-            offset = builder.mul(args[3], _SIZE(4))
+            offset = builder.mul(args[3], SIZE(4))
             start = builder.gep(data, [offset])
 
             def body(n: Any, totals: list[Any]) -> list[Any]:
                 at = builder.mul(n, stride)
                 values = [
-                    _load(builder, start, builder.add(at, _SIZE(2 * _LANES * k)), _MANY, 2) for k in range(num_vectors)
+                    load(builder, start, builder.add(at, SIZE(2 * _LANES * k)), _MANY, 2) for k in range(num_vectors)
                 ]
-                pairs = [_load(builder, row, builder.mul(n, _SIZE(4)), _WORD, 2) for row in rows]
-                both = [builder.bitcast(_everywhere(builder, pair, _LANES // 2), _MANY) for pair in pairs]
+                pairs = [load(builder, row, builder.mul(n, SIZE(4)), WORD, 2) for row in rows]
+                both = [builder.bitcast(everywhere(builder, pair, _LANES // 2), _MANY) for pair in pairs]
                 products = [_pairs(builder, factor, value) for factor in both for value in values]
                 return [builder.add(total, product) for total, product in zip(totals, products, strict=True)]
 
             nothing = [ir.Constant(_SUMS, None)] * (num_rows * num_vectors)
-            bounds = _SIZE(0), cgutils.unpack_tuple(builder, shape)[0], 1
-            totals = iter(_sum_up(builder, bounds, nothing, body))
+            bounds = SIZE(0), cgutils.unpack_tuple(builder, shape)[0], 1
+            totals = iter(sum_up(builder, bounds, nothing, body))
             for out in _pointers(context, builder, signature.args[4], args[4], args[1], num_rows):
                 for k in range(num_vectors):
-                    place = builder.gep(out, [builder.add(offset, _SIZE(2 * _LANES * k))])
+                    place = builder.gep(out, [builder.add(offset, SIZE(2 * _LANES * k))])
                     builder.store(next(totals), builder.bitcast(place, _SUMS.as_pointer())).align = 4
             return context.get_dummy_value()
 
@@ -381,23 +349,23 @@ def _make_strip(num_rows: int, num_vectors: int) -> Any:
 
 def _fused(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     """a b + c, rounded once where the CPU can."""
-    kind = ir.FunctionType(_WIDE, [_WIDE] * 3)
-    multiply = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{_WIDTH}f32")
+    kind = ir.FunctionType(WIDE, [WIDE] * 3)
+    multiply = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{WIDTH}f32")
     return builder.call(multiply, [a, b, c])
 
 
 def _widened(builder: ir.IRBuilder, pointer: Any, at: Any) -> Any:
     """Whole numbers of sixteen bits, so many bytes after the pointer, as floating-point ones."""
-    narrow, words = ir.VectorType(_SHORT, _WIDTH), ir.VectorType(_WORD, _WIDTH)
-    return builder.sitofp(builder.sext(_load(builder, pointer, at, narrow, 2), words), _WIDE)
+    narrow, words = ir.VectorType(_SHORT, WIDTH), ir.VectorType(WORD, WIDTH)
+    return builder.sitofp(builder.sext(load(builder, pointer, at, narrow, 2), words), WIDE)
 
 
 def _some_rows(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, count: int) -> list[Any]:
     """Where rows of the array that is the first argument begin: those that the second one, from the third on, names."""
     data, stride = _data(context, builder, signature.args[0], args[0])
     names, _ = _data(context, builder, signature.args[1], args[1])
-    at = [builder.mul(builder.add(args[2], _SIZE(k)), _SIZE(8)) for k in range(count)]
-    return [builder.gep(data, [builder.mul(stride, _load(builder, names, offset, _SIZE, 8))]) for offset in at]
+    at = [builder.mul(builder.add(args[2], SIZE(k)), SIZE(8)) for k in range(count)]
+    return [builder.gep(data, [builder.mul(stride, load(builder, names, offset, SIZE, 8))]) for offset in at]
 
 
 def _make_low(num_rows: int) -> Any:
@@ -406,7 +374,7 @@ def _make_low(num_rows: int) -> Any:
     @intrinsic
     def low(typingctx: Any, x: Any, order: Any, first: Any, a: Any, rank: Any, end: Any, sums: Any) -> Any:
         """x (R, inputs) of float32 in the rows order[first:], a (ranks, inputs) of int16 from this rank, up to column
-        `end`, a multiple of _WIDTH -> sums (num_rows, 4) of float32, flat."""
+        `end`, a multiple of WIDTH -> sums (num_rows, 4) of float32, flat."""
         size = types.intp
         signature = types.void(x, order, size, a, size, size, sums)
 
@@ -415,23 +383,23 @@ def _make_low(num_rows: int) -> Any:
             ranks = _pointers(context, builder, signature.args[3], args[3], args[4], 4)
 
             def body(at: Any, totals: list[Any]) -> list[Any]:
-                of_ranks = [_widened(builder, pointer, builder.shl(at, _SIZE(1))) for pointer in ranks]
-                of_rows = [_load(builder, row, builder.shl(at, _SIZE(2)), _WIDE, 4) for row in rows]
+                of_ranks = [_widened(builder, pointer, builder.shl(at, SIZE(1))) for pointer in ranks]
+                of_rows = [load(builder, row, builder.shl(at, SIZE(2)), WIDE, 4) for row in rows]
                 factors = [(row, rank) for row in of_rows for rank in of_ranks]
                 return [_fused(builder, *pair, total) for pair, total in zip(factors, totals, strict=True)]
 
-            nothing = [ir.Constant(_WIDE, None)] * (num_rows * 4)
-            totals = _sum_up(builder, (_SIZE(0), args[5], _WIDTH), nothing, body)
+            nothing = [ir.Constant(WIDE, None)] * (num_rows * 4)
+            totals = sum_up(builder, (SIZE(0), args[5], WIDTH), nothing, body)
             out = context.make_array(signature.args[6])(context, builder, args[6]).data
             for index, total in enumerate(totals):
-                width = _WIDTH
+                width = WIDTH
                 while width > 1:  # halves are added until one number is left
                     width //= 2
-                    kind = ir.VectorType(_WORD, width)
-                    halves = [ir.Constant(kind, [_WORD(begin + k) for k in range(width)]) for begin in (0, width)]
+                    kind = ir.VectorType(WORD, width)
+                    halves = [ir.Constant(kind, [WORD(begin + k) for k in range(width)]) for begin in (0, width)]
                     left, right = (builder.shuffle_vector(total, total, half) for half in halves)
                     total = builder.fadd(left, right)
-                builder.store(builder.extract_element(total, _WORD(0)), builder.gep(out, [_SIZE(index)]))
+                builder.store(builder.extract_element(total, WORD(0)), builder.gep(out, [SIZE(index)]))
             return context.get_dummy_value()
 
         return signature, codegen
@@ -451,27 +419,27 @@ def _make_high(num_rows: int) -> Any:
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             rows = _some_rows(context, builder, signature, args, num_rows)
-            offset = builder.shl(args[3], _SIZE(2))
+            offset = builder.shl(args[3], SIZE(2))
             places = [
-                builder.gep(row, [builder.add(offset, _SIZE(4 * k))]) for row in rows for k in range(0, _TILE, _WIDTH)
+                builder.gep(row, [builder.add(offset, SIZE(4 * k))]) for row in rows for k in range(0, _TILE, WIDTH)
             ]
-            of_rows = _pointers(context, builder, signature.args[4], args[4], _SIZE(0), num_rows)
+            of_rows = _pointers(context, builder, signature.args[4], args[4], SIZE(0), num_rows)
             data, stride = _data(context, builder, signature.args[6], args[6])
-            columns = builder.gep(data, [builder.shl(args[7], _SIZE(1))])
+            columns = builder.gep(data, [builder.shl(args[7], SIZE(1))])
             shape = context.make_array(signature.args[6])(context, builder, args[6]).shape
 
             def body(n: Any, totals: list[Any]) -> list[Any]:
                 at = builder.mul(n, stride)
-                values = [_widened(builder, columns, builder.add(at, _SIZE(2 * k))) for k in range(0, _TILE, _WIDTH)]
-                place = builder.shl(builder.add(args[5], n), _SIZE(2))
-                lows = [_load(builder, row, place, ir.FloatType(), 4) for row in of_rows]
-                factors = [(_everywhere(builder, low, _WIDTH), value) for low in lows for value in values]
+                values = [_widened(builder, columns, builder.add(at, SIZE(2 * k))) for k in range(0, _TILE, WIDTH)]
+                place = builder.shl(builder.add(args[5], n), SIZE(2))
+                lows = [load(builder, row, place, ir.FloatType(), 4) for row in of_rows]
+                factors = [(everywhere(builder, low, WIDTH), value) for low in lows for value in values]
                 return [_fused(builder, *pair, total) for pair, total in zip(factors, totals, strict=True)]
 
-            known = [_load(builder, place, _SIZE(0), _WIDE, 4) for place in places]
-            bounds = _SIZE(0), cgutils.unpack_tuple(builder, shape)[0], 1
-            for place, total in zip(places, _sum_up(builder, bounds, known, body), strict=True):
-                builder.store(total, builder.bitcast(place, _WIDE.as_pointer())).align = 4
+            known = [load(builder, place, SIZE(0), WIDE, 4) for place in places]
+            bounds = SIZE(0), cgutils.unpack_tuple(builder, shape)[0], 1
+            for place, total in zip(places, sum_up(builder, bounds, known, body), strict=True):
+                builder.store(total, builder.bitcast(place, WIDE.as_pointer())).align = 4
             return context.get_dummy_value()
 
         return signature, codegen
@@ -540,7 +508,7 @@ def _multiply_rows(whole: Array, linear: Linear, units: Array, y: Array) -> None
         _multiply_tile(whole, linear, units, y, 32 * task, min(32 * (task + 1), num_outputs))
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _halve_rows(whole: Array, halves: Array) -> None:
     num_rows, num_inputs = whole.shape
     for r in prange(num_rows):
@@ -563,7 +531,7 @@ def _join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _add_pairs(factors: Array, matrix: Array, sums: Array) -> None:
     """factors (R, 2 N), matrix (N, M, 2) -> sums (R, M) of int32; M is a multiple of HEAD_STEP."""
     num_rows, num_columns = sums.shape
@@ -587,24 +555,7 @@ def _add_pairs(factors: Array, matrix: Array, sums: Array) -> None:
             _strip1(factors, r, matrix, column, sums)
 
 
-@njit(inline="always", **_OPTIONS)
-def _exp(x: Any) -> Any:
-    """e^x of x <= 0 within two units in the last place: 2^n times a polynomial (Cephes, `expf`)."""
-    x = max(x, _SMALLEST)
-    whole = np.int32(x * _F32(1.44269504088896341) - _F32(0.5))
-    n = _F32(whole)
-    r = x - n * _F32(0.693359375) + n * _F32(2.12194440e-4)
-    p = _F32(1.9875691500e-4)
-    p = p * r + _F32(1.3981999507e-3)
-    p = p * r + _F32(8.3334519073e-3)
-    p = p * r + _F32(4.1665795894e-2)
-    p = p * r + _F32(1.6666665459e-1)
-    p = p * r + _F32(5.0000001201e-1)
-    p = p * r * r + r + _F32(1.0)
-    return p * np.int32((whole + np.int32(127)) << np.int32(23)).view(_F32)
-
-
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _largest(x: Array) -> Any:
     """The largest amount in x (I,), or not a number where one of them is not finite. Of numbers without a sign the bits
     have the same order, and of whole numbers the largest is found many at a time."""
@@ -615,7 +566,7 @@ def _largest(x: Array) -> Any:
     return amount.view(_F32) if amount < _INFINITE else _F32(np.nan)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _top(x: Array) -> Any:
     """The largest number in x (I,), or not a number where there is one that is none and has no sign."""
     bits, top = x.view(np.int32), _LEAST
@@ -624,7 +575,7 @@ def _top(x: Array) -> Any:
     return np.int32(top ^ ((top >> _SIGN) & _AMOUNT)).view(_F32)
 
 
-@njit(**_IN_ANY_ORDER)
+@njit(**IN_ANY_ORDER)
 def _total(x: Array) -> Any:
     total = _F32(0.0)
     for i in range(len(x)):
@@ -632,7 +583,7 @@ def _total(x: Array) -> Any:
     return total
 
 
-@njit(**_IN_ANY_ORDER)
+@njit(**IN_ANY_ORDER)
 def _total_of_squares(x: Array) -> Any:
     total = 0.0
     for i in range(len(x)):
@@ -640,7 +591,7 @@ def _total_of_squares(x: Array) -> Any:
     return total
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _round_by(x: Array, whole: Array, unit: Any) -> Any:
     """Rounds a row (I,) to whole numbers of this unit, which it returns; to zeros where that is none."""
     if not unit > 0:
@@ -653,20 +604,20 @@ def _round_by(x: Array, whole: Array, unit: Any) -> Any:
     return unit
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _round(x: Array, whole: Array, levels: Any) -> Any:
     """Rounds a row (I,) to whole numbers within -levels and levels; returns what one of them is worth."""
     return _round_by(x, whole, _largest(x) / _F32(levels))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _round_to_length(x: Array, whole: Array) -> Any:
     """Rounds a row (I,) so that its product with any other rounded so is below 2^31 (Cauchy and Schwarz)."""
     length = np.sqrt(_total_of_squares(x))
     return _round_by(x, whole, max(_largest(x) / _F32(_MOST), _F32(length / _LENGTH)))
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _norm(x: Array, y: Array, weight: Array, eps: Any, normed: Array, whole: Array) -> Any:
     """x (H,) += y, which may be empty; normed = w x / sqrt(mean(x^2) + eps) (H,), and the same rounded: its unit."""
     width = len(x)
@@ -721,7 +672,7 @@ def _adapt(x: Array, y: Array, rows: Rows, product: int, task: int, bias: Array)
     units = carray(_floats_at(part[4]), num_ranks)
     modules = carray(_sizes_at(part[5]), (num_modules, 4))
     lows, sums = np.empty((4, num_ranks), _F32), np.zeros(16, _F32)
-    even = num_inputs - num_inputs % _WIDTH
+    even = num_inputs - num_inputs % WIDTH
     for rank in range(0, num_ranks, 4):
         if even and count == 1:
             _low1(x, order, first, a, rank, even, sums)
@@ -763,19 +714,19 @@ def _adapt(x: Array, y: Array, rows: Rows, product: int, task: int, bias: Array)
                 of_row[o] = (of_row[o] - shift) * factors[o] + shift
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _gate(gated: Array, inner: Array, whole: Array) -> Any:
     """gated (2 I,), gate and up -> inner = silu(gate) up (I,), and the same rounded: its unit."""
     width = len(inner)
     for i in range(width):
         gate = gated[i]
-        small = _exp(-abs(gate))
+        small = exp(-abs(gate))
         sigmoid = (_F32(1.0) if gate >= 0 else small) / (_F32(1.0) + small)
         inner[i] = gate * sigmoid * gated[width + i]
     return _round(inner, whole, LEVELS)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _store(qkv: Array, n: int, r: int, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     """Turns queries and keys by their position (Su et al. 2021, arXiv 2104.09864) and rounds them, puts key and value
     in their block: qkv ((N + 2 K) D,)."""
@@ -806,7 +757,7 @@ def _store(qkv: Array, n: int, r: int, rows: Rows, room: Room, cache: Cache, geo
         values[:width, at % 2] = rounded
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _attend(n: int, r: int, key: int, window: int, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     """Attention of the heads that read one key-value head to the tokens up to the row's own, or to the last `window` of
     them -> their part of `room.attended`. The softmax is taken block by block (Milakov and Gimelshein 2018, arXiv
@@ -834,9 +785,9 @@ def _attend(n: int, r: int, key: int, window: int, rows: Rows, room: Room, cache
             scores[:first] = _F32(-np.inf)
             scores[last:] = _F32(-np.inf)
             top = max(tops[g], _top(scores))
-            shrink = _exp(tops[g] - top)
+            shrink = exp(tops[g] - top)
             for t in range(BLOCK_TOKENS):
-                scores[t] = _exp(scores[t] - top)
+                scores[t] = exp(scores[t] - top)
             scores[:first] = _F32(0.0)
             scores[last:] = _F32(0.0)
             tops[g], totals[g] = top, totals[g] * shrink + _total(scores)
@@ -858,12 +809,12 @@ def _attend(n: int, r: int, key: int, window: int, rows: Rows, room: Room, cache
 # --- what lies between two products -------------------------------------------------------------------------------
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _of_layer(linear: Linear, n: int) -> Linear:
     return Linear(linear.weight[n], linear.scales[n], linear.bias[n])
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
     weight, nothing = layers.first_norms[0], room.y[0, :0]
     units = room.units  # numba loses what a loop sets in a tuple's array
@@ -872,7 +823,7 @@ def _begin_rows(layers: Layers, room: Room, geometry: Geometry) -> None:
 
 
 # One loop each: of several in one function numba moves one before another where it sees no variable set.
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _store_rows(n: int, bias: Array, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     for task in prange(len(rows.tasks) - 1):
         _adapt(room.normed, room.qkv, rows, 4 * n, task, bias)
@@ -881,27 +832,27 @@ def _store_rows(n: int, bias: Array, rows: Rows, room: Room, cache: Cache, geome
             _store(room.qkv[r], n, r, rows, room, cache, geometry)
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _attend_heads(n: int, window: int, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     num_keys = cache.keys.shape[2]
     for task in prange(len(rows.positions) * num_keys):
         _attend(n, task // num_keys, task % num_keys, window, rows, room, cache, geometry)
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _round_rows(x: Array, whole: Array, units: Array) -> None:
     for r in prange(len(x)):
         units[r] = _round(x[r], whole[r], LEVELS)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _attend_rows(n: int, layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     _store_rows(n, layers.qkv.bias[n], rows, room, cache, geometry)
     _attend_heads(n, layers.windows[n], rows, room, cache, geometry)
     _round_rows(room.attended, room.whole_heads, room.units)
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
     weight, bias = layers.second_norms[n], layers.o.bias[n]
     units = room.units  # numba loses what a loop sets in a tuple's array
@@ -912,7 +863,7 @@ def _close_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geomet
             units[r] = _norm(room.x[r], room.y[r], weight, geometry.eps, room.normed[r], room.whole[r])
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
     bias = layers.gate_up.bias[n]
     units = room.units  # numba loses what a loop sets in a tuple's array
@@ -923,7 +874,7 @@ def _gate_rows(n: int, layers: Layers, rows: Rows, room: Room) -> None:
             units[r] = _gate(room.gated[r], room.inner[r], room.whole_inner[r])
 
 
-@njit(parallel=True, **_OPTIONS)
+@njit(parallel=True, **OPTIONS)
 def _end_rows(n: int, layers: Layers, rows: Rows, room: Room, geometry: Geometry) -> None:
     bias = layers.down.bias[n]
     weight = layers.first_norms[n + 1] if n + 1 < len(layers.first_norms) else geometry.last_norm
@@ -943,7 +894,7 @@ def num_threads() -> int:
     return int(get_num_threads())
 
 
-@njit(**_KEPT)
+@njit(**KEPT)
 def multiply_rows(whole: Array, linear: Linear, units: Array, y: Array) -> None:
     """y (R, O) = whole (R, inputs), in units (R,), times the transpose of the weight, in its scales, plus the bias.
 
@@ -952,13 +903,13 @@ def multiply_rows(whole: Array, linear: Linear, units: Array, y: Array) -> None:
     _multiply_rows(whole, linear, units, y)
 
 
-@njit(**_KEPT)
+@njit(**KEPT)
 def halve_rows(whole: Array, halves: Array) -> None:
     """whole (R, I) = 2 HALF_LEVELS high + low -> halves (2 R, I), the high ones first."""
     _halve_rows(whole, halves)
 
 
-@njit(**_KEPT)
+@njit(**KEPT)
 def join_rows(sums: Array, linear: Linear, units: Array, y: Array) -> None:
     """The products of both halves, sums (2 R, O), as `multiply_rows` gives y (R, O)."""
     _join_rows(sums, linear, units, y)
@@ -968,7 +919,7 @@ NUM_STAGES = 8
 """Of a layer, in turn: a product and what follows it, four times."""
 
 
-@njit(**_KEPT)
+@njit(**KEPT)
 def pass_rows(first: int, last: int, layers: Layers, rows: Rows, room: Room, cache: Cache, geometry: Geometry) -> None:
     """Stages `first` to `last` of a pass, so that somebody else may multiply in between. One function for all of them:
     compiling takes seconds.

@@ -5,11 +5,9 @@ Brings torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
-from knowledge_engine import modeling
+from knowledge_engine import devices, modeling
 from knowledge_engine.bases import Base
 from knowledge_engine.inference.batched import BatchedModel, can_batch
 from knowledge_engine.inference.plain import PlainModel
@@ -26,10 +24,7 @@ def serving_model(
         if can_batch(base):
             return BatchedModel(loaded, base.context_length, settings.kv_cache_bytes, settings.adapter_cache_bytes)
         return PlainModel(loaded, settings.adapter_cache_bytes)
-    # numba reads these once, when it is imported.
-    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))))
-    if not os.access(Path(__file__).parent, os.W_OK):  # where compiled kernels are kept otherwise
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir.absolute() / "kernels"))
+    devices.prepare_compiler(settings)
     from knowledge_engine.inference.int8 import Int8Model
 
     model = Int8Model(

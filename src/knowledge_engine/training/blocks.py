@@ -1,31 +1,33 @@
-"""A decoder layer of Llama's shape in two autograd functions around torch's attention, with transformers' own results.
+"""A decoder layer of Llama's shape in three autograd functions, with transformers' own results.
 
     q, k, v = rotate(W norm(x))                       _Inputs
-    h       = x + W_o attention(q, k, v)              _Outputs
+    a       = attention(q, k, v)                      _Attention
+    h       = x + W_o a                               _Outputs
     y       = h + W_down (silu(W_gate norm(h)) * W_up norm(h))
 
-Every W is an adapted linear of `lora.py`. Kept for the backward pass are x, q, k, v, what attention gives, h, and both
-inner products; what is one multiplication away from those is computed again.
+Every W is an adapted linear of `lora.py`; what stands between products is in `kernels.py`. Kept for the backward pass
+are x, q, k, v, a, h, and both inner products; what is one multiplication away from those is computed again.
 
-Shapes: B examples, T tokens each, M = B T, H width of the model, N heads of width D, I inner width.
+Shapes: U tokens of a packed batch, M = U, H width of the model, N heads of width D, I inner width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 
+from knowledge_engine.compiled import WIDTH
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, body_and_head
+from knowledge_engine.training import kernels
 from knowledge_engine.training.data import Packing
 from knowledge_engine.training.lora import Masks, backward, forward
-from knowledge_engine.training.packing import lay
+from knowledge_engine.training.packing import gather
 from knowledge_engine.training.plan import FUSED_LAYERS
 
 _Kept = tuple[torch.Tensor, torch.Tensor | None]
@@ -35,8 +37,9 @@ _Kept = tuple[torch.Tensor, torch.Tensor | None]
 def use_fused_layers(model: PeftModel, masks: Masks) -> int:
     """Lets decoder layers of `model` compute through this module while they train; how many they are.
 
-    A layer has to be one of `FUSED_LAYERS` in float32 on a CPU, with all of its linear modules adapted by LoRA (not
-    DoRA). Whatever else is asked of it goes its usual way: evaluation, and attention with a mask of its own.
+    A layer has to be one of `FUSED_LAYERS` in float32 on a CPU, with heads as wide as a multiple of `WIDTH` and all of
+    its linear modules adapted by LoRA (not DoRA). Whatever else is asked of it goes its usual way: evaluation, and
+    batches that are padded.
     """
     adapted = {id(layer.module): layer for layer in adapted_linears(model)}
     num_fused = 0
@@ -47,6 +50,8 @@ def use_fused_layers(model: PeftModel, masks: Masks) -> int:
             block.is_last = module is body.layers[-1]
             module.forward = _forward(block, module, module.forward, masks)
             num_fused += 1
+    if num_fused:
+        kernels.warm_up(torch.get_num_threads())
     return num_fused
 
 
@@ -61,8 +66,7 @@ def _forward(
         packing: Packing | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        is_unmasked = packing is not None or attention_mask is None
-        if module.training and torch.is_grad_enabled() and is_unmasked:
+        if module.training and torch.is_grad_enabled() and packing is not None:
             asked = (hidden_states, *position_embeddings, masks, packing)
             if module.gradient_checkpointing:  # transformers' own is in the method that this one replaces
                 return checkpoint(block.compute, *asked, use_reentrant=False, context_fn=masks.again)  # type: ignore[no-any-return]
@@ -82,7 +86,6 @@ class _Block:
         self.head_width: int = module.self_attn.head_dim
         self.scaling: float = module.self_attn.scaling
         self.is_last = False
-        self.is_grouped: bool = module.self_attn.num_key_value_groups > 1
 
     @classmethod
     def of(cls, module: Any, adapted: dict[int, AdaptedLinear]) -> _Block | None:
@@ -97,45 +100,20 @@ class _Block:
             and (norm.device.type, norm.dtype) == ("cpu", torch.float32)
             and isinstance(mlp.act_fn, SiLUActivation)
             and not attention.attention_dropout
+            and attention.head_dim % WIDTH == 0
         )
         return cls(module, linears[: len(inputs)], linears[len(inputs) :]) if is_ours else None
 
     def compute(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: Masks, packing: Packing | None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: Masks, packing: Packing
     ) -> torch.Tensor:
-        """(B, T, H) -> (B, T, H), or of a packed batch (1, U, H); cos and sin are (1, T, D), the same in both of their
-        halves."""
+        """(1, U, H) -> (1, U, H); cos and sin are (1, U, D), the same in both of their halves."""
         half = self.head_width // 2
         turn = (cos[..., None, :half], sin[..., None, :half])
         q, k, v = _Inputs.apply(x, self, turn, masks, *_weights(self.inputs))  # type: ignore[no-untyped-call]
-        if packing is not None:
-            q, k, v = (lay(part[0], packing) for part in (q, k, v))
-        attended = functional.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            scale=self.scaling,
-            enable_gqa=self.is_grouped,
-        )
-        choice = _Choice.of(packing, is_last=self.is_last)
-        attended = attended.transpose(1, 2).flatten(2)
-        return _Outputs.apply(attended, x, self, masks, choice, *_weights(self.outputs))  # type: ignore[no-any-return, no-untyped-call]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Which places of attention's (B * T), and which tokens of a layer's input, its second half computes: None for all
-    of them."""
-
-    places: torch.Tensor | None
-    tokens: torch.Tensor | None
-
-    @classmethod
-    def of(cls, packing: Packing | None, *, is_last: bool) -> _Choice:
-        if packing is None:
-            return cls(None, None)
-        return cls(packing.firsts[packing.wanted], packing.wanted) if is_last else cls(packing.firsts, None)
+        attended = _Attention.apply(q[0], k[0], v[0], packing, self.scaling)  # type: ignore[no-untyped-call]
+        wanted = packing.wanted if self.is_last else None
+        return _Outputs.apply(attended.flatten(1), x, self, masks, wanted, *_weights(self.outputs))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _chosen(x: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
@@ -153,7 +131,7 @@ def _weights(layers: Sequence[AdaptedLinear]) -> list[torch.Tensor]:
 
 
 class _Inputs(torch.autograd.Function):
-    """(B, T, H) -> queries (B, T, N, D), keys and values, which may have fewer heads."""
+    """(1, U, H) -> queries (1, U, N, D), keys and values, which may have fewer heads."""
 
     @staticmethod
     def forward(
@@ -165,35 +143,70 @@ class _Inputs(torch.autograd.Function):
         *ab: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         flat = x.flatten(0, 1)
-        inverse = block.first_norm.inverse(flat)
-        normed = block.first_norm.apply(flat, inverse)
+        normed = block.first_norm.apply(flat)
         products, kept = zip(*(_times(layer, normed, masks, len(flat)) for layer in block.inputs), strict=True)
         q, k, v = (product.view(*x.shape[:2], -1, block.head_width) for product in products)
-        ctx.save_for_backward(flat, inverse, *turn, *_flattened(kept))
+        ctx.save_for_backward(flat, *turn, *_flattened(kept))
         ctx.block = block
         return _rotated(q, *turn), _rotated(k, *turn), v
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flat, inverse, cos, sin, *kept = ctx.saved_tensors
+        flat, cos, sin, *kept = ctx.saved_tensors
         block: _Block = ctx.block
         grad_q, grad_k, grad_v = gradients
         shape = grad_q.shape
         grad_products = (_rotated(grad_q, cos, -sin), _rotated(grad_k, cos, -sin), grad_v.contiguous())
-        normed = block.first_norm.apply(flat, inverse)
-        grad_normed = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        normed = block.first_norm.apply(flat)
+        grad_normed = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         grad_ab: list[torch.Tensor] = []
         for layer, grad, pair in zip(block.inputs, grad_products, _pairs(kept), strict=True):
-            grad_ab += backward(layer, grad.view(len(flat), -1), normed, *pair, grad_normed)
+            is_first = layer is block.inputs[0]
+            grad_ab += backward(layer, grad.view(len(flat), -1), normed, *pair, grad_normed, is_first=is_first)
         grad_x = None
         if grad_normed is not None:
-            grad_x = block.first_norm.backward(grad_normed, flat, inverse).view(*shape[:2], -1)
+            grad_x = block.first_norm.backward(grad_normed, flat).view(*shape[:2], -1)
         return grad_x, None, None, None, *grad_ab
 
 
+class _Attention(torch.autograd.Function):
+    """Queries (U, N, D), keys and values (U, K, D) -> what every token finds in its example, (U, N, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, scaling: float
+    ) -> torch.Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+        kernels.attend(*_arrays(q, k, v), *_where(packing), np.float32(scaling), *_arrays(out, lse))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.packing, ctx.scaling = packing, np.float32(scaling)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        packing: Packing = ctx.packing
+        grad_q = torch.empty_like(q)
+        laid = [k.new_empty(*packing.index.shape, *k.shape[1:]) for _ in range(2)]
+        kernels.attend_backward(
+            *_arrays(q, k, v, out, lse, gradients[0].contiguous()), *_where(packing), ctx.scaling,
+            *_arrays(grad_q, *laid),
+        )  # fmt: skip
+        return grad_q, *(gather(part, packing) for part in laid), None, None
+
+
+def _arrays(*tensors: torch.Tensor) -> list[Any]:
+    return [tensor.numpy() for tensor in tensors]
+
+
+def _where(packing: Packing) -> list[Any]:
+    return _arrays(packing.index, packing.starts, packing.lengths)
+
+
 class _Outputs(torch.autograd.Function):
-    """What attention gives (B, T, N D) and the layer's input (B, T, H) -> the layer's output (B, T, H), 0 for tokens
-    that are not of the choice. Both inputs may lie differently, as the choice says."""
+    """What attention gives (U, N D) and the layer's input (1, U, H) -> the layer's output (1, U, H), 0 for tokens of
+    which it is not wanted."""
 
     @staticmethod
     def forward(
@@ -202,59 +215,61 @@ class _Outputs(torch.autograd.Function):
         x: torch.Tensor,
         block: _Block,
         masks: Masks,
-        choice: _Choice,
+        wanted: torch.Tensor | None,
         *ab: torch.Tensor,
     ) -> torch.Tensor:
         o, gate, up, down = block.outputs
-        num_rows = x.shape[0] * x.shape[1]
+        num_rows = len(attended)
 
         def times(layer: AdaptedLinear, values: torch.Tensor) -> tuple[torch.Tensor, _Kept]:
-            return _times(layer, values, masks, num_rows, choice.tokens)
+            return _times(layer, values, masks, num_rows, wanted)
 
-        h, kept_o = times(o, _chosen(attended.flatten(0, 1), choice.places))
-        h += _chosen(x.flatten(0, 1), choice.tokens)
-        inverse = block.second_norm.inverse(h)
-        normed = block.second_norm.apply(h, inverse)
+        h, kept_o = times(o, _chosen(attended, wanted))
+        h += _chosen(x[0], wanted)
+        normed = block.second_norm.apply(h)
         gated, kept_gate = times(gate, normed)
         raised, kept_up = times(up, normed)
-        inner = functional.silu(gated).mul_(raised)
-        y, kept_down = times(down, inner)
+        y, kept_down = times(down, _gated(gated, raised))
         y += h
         kept = (kept_o, kept_gate, kept_up, kept_down)
-        ctx.save_for_backward(attended, h, inverse, gated, raised, *_flattened(kept))
-        ctx.block, ctx.choice = block, choice
-        return _spread(y, choice.tokens, num_rows).view(x.shape)
+        ctx.save_for_backward(attended, h, gated, raised, *_flattened(kept))
+        ctx.block, ctx.wanted = block, wanted
+        return _spread(y, wanted, num_rows).unsqueeze(0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found, h, inverse, gated, raised, *kept = ctx.saved_tensors
+        attended, h, gated, raised, *kept = ctx.saved_tensors
         block: _Block = ctx.block
-        choice: _Choice = ctx.choice
+        num_rows = len(attended)
         o, gate, up, down = block.outputs
         kept_o, kept_gate, kept_up, kept_down = _pairs(kept)
-        shape = gradients[0].shape
-        grad_y = _chosen(gradients[0].flatten(0, 1), choice.tokens)
-        attended = _chosen(found.flatten(0, 1), choice.places)
+        grad_y = _chosen(gradients[0][0], ctx.wanted)
 
-        activated = functional.silu(gated)
-        grad_inner = torch.zeros_like(gated)
-        of_down = backward(down, grad_y, activated * raised, *kept_down, grad_inner)
-        grad_raised = activated.mul_(grad_inner)
-        grad_gated = torch.ops.aten.silu_backward(grad_inner.mul_(raised), gated)
+        grad_inner = torch.empty_like(gated)
+        of_down = backward(down, grad_y, _gated(gated, raised), *kept_down, grad_inner, is_first=True)
+        grad_raised = torch.empty_like(raised)
+        kernels.gate_backward(*(part.reshape(-1).numpy() for part in (gated, raised, grad_inner, grad_raised)))
+        grad_gated = grad_inner
 
-        normed = block.second_norm.apply(h, inverse)
-        grad_normed = torch.zeros_like(h)
-        of_gate = backward(gate, grad_gated, normed, *kept_gate, grad_normed)
+        normed = block.second_norm.apply(h)
+        grad_normed = torch.empty_like(h)
+        of_gate = backward(gate, grad_gated, normed, *kept_gate, grad_normed, is_first=True)
         of_up = backward(up, grad_raised, normed, *kept_up, grad_normed)
-        grad_h = block.second_norm.backward(grad_normed, h, inverse).add_(grad_y)
+        grad_h = block.second_norm.backward(grad_normed, h).add_(grad_y)
 
-        grad_attended = torch.zeros_like(attended)
-        of_o = backward(o, grad_h, attended, *kept_o, grad_attended)
-        grad_attended = _spread(grad_attended, choice.places, found.shape[0] * found.shape[1])
-        grad_x = _spread(grad_h, choice.tokens, shape[0] * shape[1])
+        grad_attended = h.new_empty(len(h), attended.shape[1])
+        of_o = backward(o, grad_h, _chosen(attended, ctx.wanted), *kept_o, grad_attended, is_first=True)
+        grad_x = _spread(grad_h, ctx.wanted, num_rows).unsqueeze(0)
         return (
-            grad_attended.view(found.shape), grad_x.view(shape), None, None, None, *of_o, *of_gate, *of_up, *of_down
+            _spread(grad_attended, ctx.wanted, num_rows), grad_x, None, None, None, *of_o, *of_gate, *of_up, *of_down
         )  # fmt: skip
+
+
+def _gated(gated: torch.Tensor, raised: torch.Tensor) -> torch.Tensor:
+    """silu(gated) raised, (M, I) each."""
+    inner = torch.empty_like(gated)
+    kernels.gate(*(part.view(-1).numpy() for part in (gated, raised, inner)))
+    return inner
 
 
 class _Norm:
@@ -264,20 +279,15 @@ class _Norm:
         self._weight: torch.Tensor = module.weight
         self._eps: float = module.variance_epsilon
 
-    def inverse(self, x: torch.Tensor) -> torch.Tensor:
-        """1 / sqrt(mean(x^2) + eps) (M, 1) of (M, H)."""
-        length: torch.Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        return length.square_().div_(x.shape[1]).add_(self._eps).rsqrt_()
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """(M, H) -> (M, H)"""
+        y = torch.empty_like(x)
+        kernels.norm(*_arrays(x, self._weight), np.float32(self._eps), y.numpy())
+        return y
 
-    def apply(self, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        return (x * inverse).mul_(self._weight)
-
-    def backward(self, grad: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        """The gradient of x, with `grad` (M, H) used up."""
-        grad *= self._weight
-        along = torch.linalg.vecdot(grad, x).unsqueeze_(1).mul_(inverse.pow(3)).div_(x.shape[1])
-        grad *= inverse
-        grad.addcmul_(x, along, value=-1)
+    def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The gradient of x, in the place of `grad` (M, H)."""
+        kernels.norm_backward(*_arrays(x, self._weight), np.float32(self._eps), grad.numpy())
         return grad
 
 
@@ -302,7 +312,7 @@ def _pairs(tensors: Sequence[Any]) -> list[_Kept]:
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (B, T, N, D); cos and sin are (1, T, 1, D / 2)."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (1, U, N, D); cos and sin are (1, U, 1, D / 2)."""
     left, right = x.chunk(2, dim=-1)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = x.shape[-1] // 2

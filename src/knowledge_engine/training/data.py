@@ -21,7 +21,8 @@ class Packing:
 
     `places` (1, U) are positions in an example. `index` (B, T) says which token stands where, and any behind an
     example's end. `firsts` (U,) are the flattened places (B * T) where a token stands first, `again` (R,) those where
-    one stands once more, and `tokens_again` (R,) which. What the last layer gives is wanted of `wanted` (W,) tokens.
+    one stands once more, and `tokens_again` (R,) which. `lengths` (B,) are those of the examples, and `starts` (B,) how
+    many tokens of each begin an earlier one as well. What the last layer gives is wanted of `wanted` (W,) tokens.
     """
 
     places: torch.Tensor
@@ -29,6 +30,8 @@ class Packing:
     firsts: torch.Tensor
     again: torch.Tensor
     tokens_again: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
     wanted: torch.Tensor
 
 
@@ -105,8 +108,9 @@ def _pack(rows: Sequence[Sequence[int]], positions: torch.Tensor) -> Packing:
     firsts: list[int] = []
     again: list[int] = []
     tokens_again: list[int] = []
+    starts: list[int] = []
     for row, ids in enumerate(rows):
-        before = -1
+        before, num_again = -1, len(again)
         for place, token in enumerate(ids):
             number = numbers.setdefault((before, token), len(numbers))
             if number == len(places):
@@ -116,11 +120,14 @@ def _pack(rows: Sequence[Sequence[int]], positions: torch.Tensor) -> Packing:
                 again.append(row * longest + place)
                 tokens_again.append(number)
             index[row, place] = before = number
+        starts.append(len(again) - num_again)
     return Packing(
         places=torch.tensor([places]),
         index=index,
         firsts=torch.tensor(firsts),
         again=torch.tensor(again, dtype=torch.long),
         tokens_again=torch.tensor(tokens_again, dtype=torch.long),
+        starts=torch.tensor(starts),
+        lengths=torch.tensor([*map(len, rows)]),
         wanted=torch.unique(index.flatten()[positions]),
     )

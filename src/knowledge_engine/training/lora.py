@@ -37,14 +37,17 @@ def backward(
     low: torch.Tensor,
     dropped: torch.Tensor | None,
     grad_x: torch.Tensor | None,
+    *,
+    is_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of A (r, I) and B (O, r); that of x is added to `grad_x` (M, I) where it is asked for."""
+    """The gradients of A (r, I) and B (O, r); that of x is added to `grad_x` (M, I) where it is asked for, or the first
+    that is written there."""
     a, b = layer.a.to(x.dtype), layer.b.to(x.dtype)
     grad_low = linear(grad_y, b.t()).mul_(_scale(layer))
     grad_a = grad_low.t() @ _without(x, dropped)
     grad_b = linear(low.t(), grad_y.t()).t() * _scale(layer)
     if grad_x is not None:
-        grad_x.addmm_(grad_y, layer.weight(x.dtype))
+        grad_x.addmm_(grad_y, layer.weight(x.dtype), beta=0 if is_first else 1)
         if dropped is None:
             grad_x.addmm_(grad_low, a)
         else:
@@ -79,8 +82,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low, dropped = ctx.saved_tensors
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = backward(ctx.layer, gradients[0], x, low, dropped, grad_x)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = backward(ctx.layer, gradients[0], x, low, dropped, grad_x, is_first=True)
         return grad_x, grad_a, grad_b, None, None
 
 

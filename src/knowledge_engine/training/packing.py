@@ -40,14 +40,18 @@ class _Laid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        packing: Packing = ctx.packing
-        flat = gradients[0].flatten(0, 1)
-        return flat[packing.firsts].index_add_(0, packing.tokens_again, flat[packing.again]), None
+        return gather(gradients[0], ctx.packing), None
 
 
 def lay(x: torch.Tensor, packing: Packing) -> torch.Tensor:
     """(U, ...) -> (B, T, ...)"""
     return _Laid.apply(x, packing)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather(x: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """(B, T, ...) -> (U, ...): the sums over all places where a token stands."""
+    flat = x.flatten(0, 1)
+    return flat[packing.firsts].index_add_(0, packing.tokens_again, flat[packing.again])
 
 
 def use_packing(model: PeftModel, item: Item) -> int:

@@ -91,7 +91,9 @@ class TrainingConfig(Strict):
         description="Checkpoint every so many steps; 0 every few minutes, as the deployment says.",
     )
     auto_find_batch_size: bool = Field(
-        False, description="When memory runs out go on once with half of `batch_size` and twice the accumulation."
+        False,
+        description="When memory runs out go on once with half of `batch_size` and twice the accumulation, or of 1 "
+        "with gradient checkpointing.",
     )
     neftune_noise_alpha: float = Field(
         0.0, ge=0, le=100, description="Noise on the embeddings while training (arXiv 2310.05914); 0 adds none."

@@ -174,6 +174,17 @@ def test_a_sliding_window_says_how_long_examples_may_be() -> None:
     assert use_packing(tiny_model("mistral", sliding_window=None), examples()[0]) > 10**6
 
 
+def test_a_sliding_window_of_a_text_part_counts() -> None:
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "sliding_window": 20,
+    }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision | {"image_size": 28})
+    model = with_adapter(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False))
+    assert use_packing(model, examples()[0]) == 20
+
+
 def test_a_window_is_packed_by_what_it_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     some = examples()
     monkeypatch.setitem(plan._TOKENS_AT_ONCE, devices.CPU, 70)

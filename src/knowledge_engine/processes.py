@@ -58,7 +58,7 @@ class Worker(ABC):
         self.verdict = ""
         """Why it was killed; empty unless it was."""
         self.settled: asyncio.Task[None] | None = None
-        self._oom_kills = _count_oom_kills()
+        self._oom_kills = count_oom_kills()
         self._over_since: float | None = None
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Worker(ABC):
 
     def was_out_of_memory(self, code: int | None) -> bool:
         """Whether the kernel has killed processes for want of memory meanwhile, likely this one."""
-        return code in {-signal.SIGKILL, None} and not self.verdict and _count_oom_kills() > self._oom_kills
+        return code in {-signal.SIGKILL, None} and not self.verdict and count_oom_kills() > self._oom_kills
 
     async def interrupt(self, grace_seconds: float) -> None:
         """Asks it to keep what it has and end; after the grace it is killed."""
@@ -230,7 +230,7 @@ def _portable_identity(pid: int) -> str | None:
         return None
 
 
-def _count_oom_kills() -> int:
+def count_oom_kills() -> int:
     """How many processes the kernel has killed for want of memory since it started; 0 where it does not tell."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():

@@ -344,7 +344,7 @@ def _message(item: Any, where: str, position: int) -> Message:
         raise RowError(RowCode.ROLE_UNKNOWN, f"{where}.role must be one of {', '.join(_ROLES)}")
     if role == "system" and position:
         raise RowError(RowCode.SYSTEM_NOT_FIRST, f"{where}: only the first message may be a system message")
-    calls = () if item.get("tool_calls") is None else read_calls(item["tool_calls"], f"{where}.tool_calls")
+    calls = () if item.get("tool_calls") in (None, []) else read_calls(item["tool_calls"], f"{where}.tool_calls")
     call_id = "" if item.get("tool_call_id") is None else item["tool_call_id"]
     if not isinstance(call_id, str):
         raise RowError(RowCode.CALL_UNKNOWN, f"{where}.tool_call_id must be text")
@@ -448,8 +448,9 @@ def _from_sharegpt(row: Any) -> dict[str, Any]:
         if speaker == "function_call":
             said = {"tool_calls": _wrapped(content, f"{where}.value", RowCode.CALL_INVALID)}
         messages.append({"role": _SHAREGPT_ROLES[speaker]} | said | weight)
-    tools = fields.get("tools") or []
-    return {"messages": messages} | ({"tools": _wrapped(tools, "tools", RowCode.TOOL_INVALID)} if tools else {})
+    if (tools := fields.get("tools")) in (None, "", []):
+        return {"messages": messages}
+    return {"messages": messages, "tools": _wrapped(tools, "tools", RowCode.TOOL_INVALID)}
 
 
 def _wrapped(functions: Any, where: str, code: RowCode) -> list[dict[str, Any]]:

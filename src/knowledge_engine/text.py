@@ -43,6 +43,8 @@ _TRIED_TOOLS = (
         parameters='{"type": "object", "properties": {"tried_key": {"type": "string", "description": "Tried sense."}}}',
     ),
 )
+_OWN_WORDS = frozenset({"type", "function", "name", "description", "parameters", "id", "arguments"})
+"""What the layout of tools and calls says by itself."""
 _TWO_CALLS, _WORDS_TOO = "two calls in one message", "words beside a call"
 
 # Private characters, which no script uses, stand in for control tokens while a template renders.
@@ -195,6 +197,7 @@ class ChatText:
                 raise _refused(f"the tokenizer cannot tell the control token {token!r} from the same text")
         tokens = [re.escape(token) for token in sorted(self._control, key=len, reverse=True)]
         self._protected = re.compile("|".join([*tokens, _STAND_IN]))
+        self._edges = _edges(self._control)
         self._closing = re.compile("|".join([*tokens, r"\s"]))
         probe = [Message(role="user", content="Hello"), Message(role="assistant", content="Hi")] * 2
         try:
@@ -291,17 +294,13 @@ class ChatText:
         return self._encode(rendered, [start for start, _ in self._turns(messages, tools, rendered.text)]).ids
 
     def exceeds(self, messages: Sequence[Message], most: int, tools: Sequence[Tool] = ()) -> bool:
-        """Whether the messages and tools alone have more than `most` tokens: found as soon as it is, where encoding
-        would look at every turn of a chat anew. What is near `most` is said not to exceed it."""
-        num_tokens = 0.0
-        for content, share in _contents(messages, tools):
-            for start in range(0, len(content), _PIECE_CHARACTERS):
-                piece = content[start : start + _PIECE_CHARACTERS]
-                (encoding,) = self._plain.encode_batch_fast([piece], add_special_tokens=False)
-                num_tokens += share * max(0, len(encoding) - _SEAM_TOKENS)
-                if num_tokens > most:
-                    return True
-        return False
+        """Whether the messages alone, or with tools, have more than `most` tokens: found as soon as it is, where
+        encoding would look at every turn of a chat anew. What is near `most` is said not to exceed it."""
+        if _exceeds(self._plain, (message.content.strip() for message in messages), most):  # as templates may
+            return True
+        return bool(tools) and _exceeds(
+            self.tokenizer, [self.render(messages, tools, add_generation_prompt=True)], most
+        )
 
     def encode_example(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Example:
         """Token ids of a whole conversation; trained are the assistant's turns, calls as well, up to their end-of-turn
@@ -373,7 +372,7 @@ class ChatText:
             what = {_TWO_CALLS: len(message.tool_calls) > 1, _WORDS_TOO: message.tool_calls and message.content}
             if why := next((why for name, why in self._why_no_calls.items() if what[name]), ""):
                 raise _toolless(why)
-        stand_ins = _StandIns(self._protected)
+        stand_ins = _StandIns(self._protected, self._edges)
         hidden = [self._hidden(item, answered.get(index), stand_ins) for index, item in enumerate(messages)]
         shown = [stand_ins.hide_all(tool_to_row(tool)) for tool in tools]
         try:
@@ -431,7 +430,7 @@ class ChatText:
                 raise _refused("it takes message contents apart")
             pieces += [text[position : run.start()], literal * (len(run[0]) // len(literal))]
             position = run.end()
-            if literal in self._control:
+            if _STAND_IN_RUN.fullmatch(literal) is None:
                 quoted.append((run.start(), run.end()))
         return _Rendered("".join([*pieces, text[position:]]), quoted)
 
@@ -489,9 +488,10 @@ class _StandIns:
     """Private characters for what must not become a control token while a template renders, each as often as its
     literal is long; `literals` says what they stand for."""
 
-    def __init__(self, protected: re.Pattern[str]) -> None:
+    def __init__(self, protected: re.Pattern[str], edges: re.Pattern[str]) -> None:
         self.literals: dict[str, str] = {}
         self._protected = protected
+        self._edges = edges
         self._codes: dict[str, str] = {}
 
     def hide(self, text: str) -> str:
@@ -506,7 +506,8 @@ class _StandIns:
                         f"a tool, call or result holds {match[0]!r}, a control token of this base that JSON has to "
                         "write in another way"
                     )
-            return self.hide(value)
+            # A template may put a text between signs that make a control token of it.
+            return self._edges.sub(self._stand_in, self.hide(value))
         if isinstance(value, Mapping):
             return {self.hide_all(key): self.hide_all(item) for key, item in value.items()}
         return [self.hide_all(item) for item in value] if isinstance(value, list) else value
@@ -520,15 +521,33 @@ class _StandIns:
         return stand_in * len(match[0])
 
 
-def _contents(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[tuple[str, float]]:
-    """Every text of a conversation, and the share of its tokens that is in the prompt at least: templates write schemas
-    and arguments in ways of their own."""
-    for message in messages:
-        yield message.content.strip(), 1
-        yield from ((call.arguments, 0.25) for call in message.tool_calls)
-    for tool in tools:
-        yield tool.description.strip(), 1
-        yield tool.parameters, 0.25
+def _edges(control: Iterable[str]) -> re.Pattern[str]:
+    """Texts that are all of a control token but for a sign or two on either side, and beginnings and ends of texts that
+    are all but for its first or its last."""
+    parts: set[str] = set()
+    for token in control:
+        for few in (1, 2):
+            if len(token) > few + 2:
+                parts |= {rf"\A{re.escape(token[few:])}", rf"{re.escape(token[:-few])}\Z"}
+                parts |= {
+                    rf"\A{re.escape(token[few:-more])}\Z"
+                    for more in (1, 2)
+                    if len(token) > few + more and token[few:-more] not in _OWN_WORDS
+                }
+    return re.compile("|".join(sorted(parts)) or r"(?!)")
+
+
+def _exceeds(tokenizer: Tokenizer, texts: Iterable[str], most: int) -> bool:
+    num_tokens = 0
+    for text in texts:
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            (encoding,) = tokenizer.encode_batch_fast(
+                [text[start : start + _PIECE_CHARACTERS]], add_special_tokens=False
+            )
+            num_tokens += max(0, len(encoding) - _SEAM_TOKENS)
+            if num_tokens > most:
+                return True
+    return False
 
 
 def _what_follows(message: Message) -> Sequence[Message]:

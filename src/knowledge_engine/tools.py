@@ -105,11 +105,15 @@ def check_calls(messages: Sequence[Message], tools: Sequence[Tool], field: str =
     once before anybody else speaks; only those of the last message may still be open.
 
     Raises:
-        RowError: TOOLS_MISSING, TOOL_UNKNOWN, CALL_INVALID, CALL_UNKNOWN, CALL_UNANSWERED, ROLE_UNKNOWN.
+        RowError: TOOLS_TOO_LARGE, TOOLS_MISSING, TOOL_UNKNOWN, CALL_INVALID, CALL_UNKNOWN, CALL_UNANSWERED,
+            ROLE_UNKNOWN.
     """
     names = {tool.name for tool in tools}
     answered: dict[int, ToolCall] = {}
     pending: list[ToolCall] = []
+    num_characters = sum(len(call.arguments) for message in messages for call in message.tool_calls)
+    if num_characters > _MAX_ARGUMENTS:
+        raise RowError(RowCode.TOOLS_TOO_LARGE, f"{field}: the calls have more than {_MAX_ARGUMENTS} characters")
     for position, message in enumerate(messages):
         where = f"{field}[{position}]"
         if message.role == "tool":
@@ -192,6 +196,10 @@ def check_text(text: str, where: str) -> None:
 
 
 _MAX_ID = 256
+_MAX_WRITTEN = 6 * MAX_TOOLS_CHARACTERS
+"""Of JSON before it is read: that writes a character in six at most."""
+_MAX_ARGUMENTS = 8 * MAX_TOOLS_CHARACTERS
+"""Of all calls of a conversation."""
 _NAME_RULE = "name must be 1 to 64 letters, digits, underscores or hyphens"
 
 
@@ -211,6 +219,8 @@ def _function(item: Any, where: str, inner: Sequence[str], outer: Sequence[str],
 def _object(value: Any, where: str, code: RowCode) -> str:
     """An object, or the JSON text of one, as JSON text of one form."""
     if isinstance(value, str):
+        if len(value) > _MAX_WRITTEN:
+            raise RowError(RowCode.TOOLS_TOO_LARGE, f"{where} have more than {_MAX_WRITTEN} characters")
         try:
             value = parse_json(value)
         except ValueError as error:

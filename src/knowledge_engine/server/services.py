@@ -427,7 +427,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> inference_pb2.GenerateResponse:
-        asked = convert.generation_input(request.input)
+        asked = await _in(self._threads, convert.generation_input, request.input)
         response = inference_pb2.GenerateResponse(choices=[inference_pb2.Choice() for _ in range(asked.n)])
         async with aclosing(self._answer(asked)) as pieces:
             async for piece in pieces:
@@ -443,7 +443,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def StreamGenerate(  # noqa: N802
         self, request: inference_pb2.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
-        async with aclosing(self._answer(convert.generation_input(request.input))) as pieces:
+        asked = await _in(self._threads, convert.generation_input, request.input)
+        async with aclosing(self._answer(asked)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, TextDelta):
                     yield inference_pb2.StreamGenerateResponse(
@@ -579,8 +580,7 @@ def _encode(asked: core.GenerationInput, base: Base, text: ChatText) -> list[int
     characters = sum(len(message.content) for message in messages)
     if characters > base.context_length * 64:
         raise _too_long(characters // 64, 1, base.context_length)
-    has_tools = bool(asked.tools)
-    if (has_tools or characters > base.context_length) and text.exceeds(messages, base.context_length, asked.tools):
+    if (asked.tools or characters > base.context_length) and text.exceeds(messages, base.context_length, asked.tools):
         raise _too_long(base.context_length, 1, base.context_length)
     return text.encode_prompt(messages, asked.tools)
 

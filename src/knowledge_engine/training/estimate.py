@@ -224,7 +224,7 @@ class Preflight:
             total_memory_bytes=room.total_bytes,
             held=room.held,
             free_disk_bytes=room.free_disk_bytes,
-            training_seconds=need.num_tokens / rate if rate else None,
+            training_seconds=need.num_tokens / rate * (4 / 3 if need.gradient_checkpointing else 1) if rate else None,
             refusal=None if room.takes(need) else room.refusal(need, spec, nearest, material.longest),
             nearest_spec=nearest,
         )

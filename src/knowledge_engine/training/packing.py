@@ -66,8 +66,9 @@ def use_packing(model: PeftModel, item: Item) -> int:
     AttentionInterface.register(_ATTENTION, _attend)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     base.set_attn_implementation(_ATTENTION)
-    window = getattr(base.config, "sliding_window", None)
-    longest = window if isinstance(window, int) and window > 0 else _NO_BOUND
+    config = base.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = min((window for window in windows if isinstance(window, int) and window > 0), default=_NO_BOUND)
     if _gives_the_same(model, sides_of(item)[0].input_ids[: min(_CHECKED_TOKENS, longest)]):
         return longest
     base.set_attn_implementation("sdpa")

@@ -49,7 +49,7 @@ def remember_gradient_checkpointing(folder: Path) -> None:
 
 
 def take_less(folder: Path, spec: TrainingSpec) -> str | None:
-    """From the next attempt on half as many examples are computed at once, or where that is one already, layers are
+    """From the next attempt on half as many examples are computed at once, or where the spec has one, layers are
     computed twice; says so in a sentence. None where that is done already."""
     asked = spec.per_device_train_batch_size
     if asked < 2:

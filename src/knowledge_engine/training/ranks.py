@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +44,7 @@ from knowledge_engine.core import Job, JobContext, JobStopped, TrainingSpec
 from knowledge_engine.errors import InvalidSpecError, KnowledgeEngineError, Reason, from_dict
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.modeling import PeftModel
-from knowledge_engine.processes import describe_exit
+from knowledge_engine.processes import count_oom_kills, describe_exit
 from knowledge_engine.settings import Settings
 from knowledge_engine.training.checkpoints import Best, Learned, Position
 from knowledge_engine.training.data import Batch
@@ -356,6 +357,7 @@ class _Others:
         self._num = num
         self._is_over = threading.Event()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._oom_kills = count_oom_kills()
 
     def start(self, settings: Settings) -> None:
         for index in range(1, self._num):
@@ -412,6 +414,8 @@ class _Others:
             if failure["error"] is not None:
                 raise from_dict(failure["error"] | {"message": f"{who}: {failure['error']['message']}"})
         index = min(codes, key=lambda index: codes[index])  # a signal before an exit code
+        if codes[index] == -signal.SIGKILL and count_oom_kills() > self._oom_kills:
+            raise MemoryError(f"rank {index} of {self._num} was killed by the kernel for want of memory")
         if failure is None or codes[index] < 0:
             raise SystemExit(f"rank {index} of {self._num} is gone: {describe_exit(codes[index])}")
         raise KnowledgeEngineError(

@@ -131,7 +131,9 @@ class ToolCall(_message.Message):
     name: _builtins.str
     """One of the tools."""
     arguments: _builtins.str
-    """The JSON text of an object, at most 131,072 characters, nested at most 32 deep."""
+    """The JSON text of an object, nested at most 32 deep; at most 131,072 characters, spaces behind commas and colons
+    counted, and 1,048,576 of all calls of a conversation.
+    """
     def __init__(
         self,
         *,

@@ -216,7 +216,7 @@ class TrainingSpec(_message.Message):
     """
     auto_find_batch_size: _builtins.bool
     """Go on once with half of per_device_train_batch_size and twice as many gradient accumulation steps when memory
-    runs out. Default false.
+    runs out, or where that is 1, with gradient checkpointing. Default false.
     """
     split_by: Global___SplitBy.ValueType
     """What must not be on both sides of the split. Near-duplicates when unset."""

@@ -125,7 +125,8 @@ BROKEN: list[tuple[DatasetKind, DatasetFormat, bytes, RowCode, str]] = [
     (TALKS, JSONL, using(calls(call(arguments='{"a": "\\u0000"}'))), RowCode.CHARACTER_REFUSED, "holds a NUL"),
     (TALKS, JSONL, using(calls(call()), tools=[]), RowCode.TOOLS_MISSING, "calls find, but there are no tools"),
     (TALKS, JSONL, using(calls(call("buy"))), RowCode.TOOL_UNKNOWN, "messages[1] calls buy, which is none of the"),
-    (TALKS, JSONL, using(calls()), RowCode.CALL_INVALID, "messages[1].tool_calls must be a list of calls"),
+    (TALKS, JSONL, using(calls(tool_calls="find")), RowCode.CALL_INVALID, "messages[1].tool_calls must be a list of"),
+    (TALKS, JSONL, using(calls()), RowCode.FIELD_INVALID, "messages[1].content must be text"),
     (TALKS, JSONL, using(calls(5)), RowCode.CALL_INVALID, 'tool_calls[0] must be {"type": "function"'),
     (TALKS, JSONL, using(calls(call("a b"))), RowCode.CALL_INVALID, "letters, digits, underscores"),
     (TALKS, JSONL, using(calls(call(id=5))), RowCode.CALL_INVALID, "id must be text"),
@@ -285,6 +286,8 @@ def test_calls_written_in_any_way_are_the_same_row() -> None:
     assert read(line(messages=padded, tools=single["tools"], parallel_tool_calls=None)) == ([single], [])
     plain = {"messages": said("x", "y")}
     assert read(line(messages=[empty | message for message in plain["messages"]], tools=None)) == ([plain], [])
+    none = {"tool_calls": []}
+    assert read(line(messages=[none | message for message in plain["messages"]], tools=[])) == ([plain], [])
     spoken = using(calls(call(), content="Let me look.", weight=0), result(), calls(call()))
     assert read(spoken) == ([json.loads(spoken)], [])
 

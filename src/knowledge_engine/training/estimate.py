@@ -474,7 +474,7 @@ def _memory(
     weights = _weight_bytes(shape, size, device, use_qlora=spec.use_qlora)
     batches = _batches(spec, material.train, min(num_steps, _MAX_EPOCHS_PLANNED * per_epoch), device, num_devices)
     num_kept = 1 if gradient_checkpointing else shape.num_layers
-    step = max(_step_bytes(shape, spec, num_tokens, batch, size, device, num_kept) for num_tokens, batch in batches)
+    step = max(_step_bytes(shape, spec, tokens, trained, size, device, num_kept) for tokens, trained in batches)
     libraries = _LIBRARIES_BYTES[device]
     served = size * shape.num_weights
     if is_served_in_nf4:
@@ -525,11 +525,10 @@ def _weight_bytes(shape: Shape, size: int, device: str, *, use_qlora: bool) -> i
 
 
 def _step_bytes(
-    shape: Shape, spec: TrainingSpec, tokens: int, batch: Sequence[Row], size: int, device: str, num_kept: int
+    shape: Shape, spec: TrainingSpec, tokens: int, trained: int, size: int, device: str, num_kept: int
 ) -> int:
     """Live at the largest moment of a batch, besides weights and optimizer: all that `num_kept` layers keep, the input
     of each that keeps nothing else, and the larger of the head's chunk and the backward pass of one layer."""
-    trained = sum(row.num_trained for row in batch)
     adapted = shape.adapted(spec.lora)
     heads_width = shape.num_heads * shape.head_width
     numbers = 2 * heads_width + 2 * shape.key_value_width
@@ -576,19 +575,20 @@ def _head_bytes(shape: Shape, num_positions: int, size: int) -> int:
 
 def _batches(
     spec: TrainingSpec, rows: Sequence[Row], num_steps: int, device: str, num_devices: int
-) -> Iterator[tuple[int, list[Row]]]:
-    """What is computed at once, on whichever device, and in how many tokens at most. Packed batches are filled with
-    examples that begin alike, which lengths do not tell, up to the same bound."""
+) -> Iterator[tuple[int, int]]:
+    """How many tokens are computed at once at most, on whichever device, and how many of them are trained. Packed
+    batches are filled with examples that begin alike, which lengths do not tell, up to the same bound."""
     lengths = [row.length for row in rows]
     size = spec.per_device_train_batch_size
     bound = tokens_at_once(spec, device, size)
     for window in islice(plan_windows(lengths, spec), num_steps):
         for hand in deal_window(window, lengths, num_devices):
             most = sum(sorted(lengths[index] for index in hand)[-size:])
+            trained = sum(sorted(rows[index].num_trained for index in hand)[-size:])
             for members in split_window([hand], lengths, spec, device, size):
-                part = [rows[index] for index in members]
-                padded = len(part) * max(row.length for row in part)
-                yield max(padded, min(most, bound)), part
+                padded = len(members) * max(lengths[index] for index in members)
+                tokens = max(padded, min(most, bound))
+                yield tokens, min(tokens, trained)
 
 
 def _count_tokens(spec: TrainingSpec, material: Material, num_steps: int, per_epoch: int) -> int:

@@ -536,6 +536,7 @@ def _step_bytes(
         numbers += 2 * shape.width + 2 * shape.inner
     else:
         numbers += 4 * shape.width + _KNOWN.get(shape.architecture, 4) * shape.inner
+        numbers += heads_width  # what attention gives is kept as it lays examples out, and as they are packed
     in_all = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
     in_all += (4 - size) * tokens * shape.num_layers * 2 * shape.width  # both norms compute in float32
     if spec.lora.dropout:

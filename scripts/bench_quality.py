@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -132,6 +133,7 @@ def _one_seed(root: Path, seed: int, arguments: argparse.Namespace) -> Iterator[
     answers: dict[tuple[str, str], list[str]] = {}
     for precision in (None, modeling.NF4):
         with _service(folder, precision) as address, Client(address) as client:
+            _wait_until_ready(client)
             for who, (model, asked) in _ANSWERING.items():
                 if asked == precision:
                     answers |= {(catalogue, who): _answers(client, model, rows) for catalogue, rows in talks.items()}
@@ -159,6 +161,14 @@ def _service(folder: Path, precision: str | None) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(60)
+
+
+def _wait_until_ready(client: Client) -> None:
+    deadline = time.monotonic() + 300
+    while client.health()[""] != "SERVING":
+        if time.monotonic() > deadline:
+            raise SystemExit("the service does not become ready")
+        time.sleep(0.5)
 
 
 def _ended(client: Client, job: Job) -> Job:

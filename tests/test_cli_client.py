@@ -283,6 +283,7 @@ def test_estimate_survives_the_wire() -> None:
         fits=False,
         refusal="too much",
         nearest_spec=training_spec_to_proto(TRAINING),
+        gradient_checkpointing=True,
     )
     proto.training_time.FromMilliseconds(1500)
     estimate = estimate_from_proto(proto)
@@ -299,6 +300,7 @@ def test_estimate_survives_the_wire() -> None:
         "fits": False,
         "refusal": "too much",
         "nearest_spec": TRAINING.model_dump(),
+        "gradient_checkpointing": True,
     }
     assert set(estimate.model_dump()) == {
         "training_seconds" if field.name == "training_time" else field.name for field in proto.DESCRIPTOR.fields

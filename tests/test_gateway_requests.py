@@ -175,6 +175,7 @@ async def test_an_estimate_reads_as_documented(server: ScriptedServer, client: h
         "fits": True,
         "refusal": "",
         "nearest_config": None,
+        "gradient_checkpointing": False,
     }
     nearest = training_pb2.TrainingSpec(dataset="datasets/d", model="models/d", per_device_train_batch_size=2)
     estimate = training_pb2.TrainingEstimate(refusal="too much", nearest_spec=nearest)

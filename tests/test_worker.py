@@ -215,7 +215,10 @@ def test_a_worker_that_the_kernel_killed_may_do_with_less_once(settings: Setting
     assert "goes on with 2" in message
     assert second_chance(settings, allowed) is None
     assert second_chance(settings, job()) is None
-    assert second_chance(settings, job(auto_find_batch_size=True, per_device_train_batch_size=1)) is None
+    alone = job(auto_find_batch_size=True, per_device_train_batch_size=1)
+    assert "goes on with gradient checkpointing" in str(second_chance(settings, alone))
+    assert second_chance(settings, alone) is None
+    assert second_chance(settings, job(per_device_train_batch_size=1)) is None
 
 
 def test_checkpoints_of_a_failed_job_are_not_kept_for_ever(settings: Settings, state: State) -> None:

@@ -47,6 +47,7 @@ from knowledge_engine.core import (
     TrainingSpec,
 )
 from knowledge_engine.datasets import Datasets
+from knowledge_engine.errors import UpstreamError
 from knowledge_engine.mentions import CatalogueNames, FactChecker, find_prices
 from knowledge_engine.registry import Registry
 from knowledge_engine.rows import Conversation
@@ -165,10 +166,14 @@ def _service(folder: Path, precision: str | None) -> Iterator[str]:
 
 def _wait_until_ready(client: Client) -> None:
     deadline = time.monotonic() + 300
-    while client.health()[""] != "SERVING":
-        if time.monotonic() > deadline:
-            raise SystemExit("the service does not become ready")
-        time.sleep(0.5)
+    while True:
+        try:
+            client.generate(BASE, "Hello", max_tokens=1)
+            return
+        except UpstreamError:  # the engine still loads
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _ended(client: Client, job: Job) -> Job:

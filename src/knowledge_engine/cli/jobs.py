@@ -83,11 +83,7 @@ def train(
     neftune_noise_alpha: Annotated[float | None, typer.Option(help="Noise on the embeddings; 0 adds none.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.")] = None,
     auto_find_batch_size: Annotated[
-        bool,
-        typer.Option(
-            "--auto-find-batch-size",
-            help="Go on once, taking less, when memory runs out.",
-        ),
+        bool, typer.Option("--auto-find-batch-size", help="Go on once, taking less, when memory runs out.")
     ] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only say what it would take and whether it fits.")

@@ -22,13 +22,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 
-from knowledge_engine.compiled import WIDTH
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, body_and_head
 from knowledge_engine.training import kernels
 from knowledge_engine.training.data import Packing
 from knowledge_engine.training.lora import Masks, backward, forward
 from knowledge_engine.training.packing import gather
-from knowledge_engine.training.plan import FUSED_LAYERS
+from knowledge_engine.training.plan import FUSED_HEAD_STEP, FUSED_LAYERS
 
 _Kept = tuple[torch.Tensor, torch.Tensor | None]
 """Of an adapted linear, for its backward pass: A dropout(x) (M, r), and what dropout dropped (M, inputs)."""
@@ -37,9 +36,9 @@ _Kept = tuple[torch.Tensor, torch.Tensor | None]
 def use_fused_layers(model: PeftModel, masks: Masks) -> int:
     """Lets decoder layers of `model` compute through this module while they train; how many they are.
 
-    A layer has to be one of `FUSED_LAYERS` in float32 on a CPU, with heads as wide as a multiple of `WIDTH` and all of
-    its linear modules adapted by LoRA (not DoRA). Whatever else is asked of it goes its usual way: evaluation, and
-    batches that are padded.
+    A layer has to be one of `FUSED_LAYERS` in float32 on a CPU, with heads as wide as a multiple of `FUSED_HEAD_STEP`
+    and all of its linear modules adapted by LoRA (not DoRA). Whatever else is asked of it goes its usual way:
+    evaluation, and batches that are padded.
     """
     adapted = {id(layer.module): layer for layer in adapted_linears(model)}
     num_fused = 0
@@ -100,7 +99,7 @@ class _Block:
             and (norm.device.type, norm.dtype) == ("cpu", torch.float32)
             and isinstance(mlp.act_fn, SiLUActivation)
             and not attention.attention_dropout
-            and attention.head_dim % WIDTH == 0
+            and attention.head_dim % FUSED_HEAD_STEP == 0
         )
         return cls(module, linears[: len(inputs)], linears[len(inputs) :]) if is_ours else None
 

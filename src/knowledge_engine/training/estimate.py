@@ -33,6 +33,7 @@ from knowledge_engine.training.material import Item, num_tokens, num_trained, wi
 from knowledge_engine.training.plan import (
     CHUNK_POSITIONS,
     EVALUATION_BATCH_SIZE,
+    FUSED_HEAD_STEP,
     FUSED_LAYERS,
     count_steps,
     deal_window,
@@ -558,7 +559,8 @@ def _step_bytes(
 def _is_fused(shape: Shape, spec: TrainingSpec, device: str) -> bool:
     """As `blocks.use_fused_layers` decides it."""
     is_all_adapted = len(shape.adapted(spec.lora)) == len(shape.linears) and not spec.lora.use_dora
-    return shape.is_fusible and is_all_adapted and device == devices.CPU
+    has_such_heads = shape.head_width % FUSED_HEAD_STEP == 0
+    return shape.is_fusible and has_such_heads and is_all_adapted and device == devices.CPU
 
 
 def _evaluation_bytes(shape: Shape, held_out: Sequence[Row], size: int, adapter: int) -> int:

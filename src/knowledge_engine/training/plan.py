@@ -22,6 +22,8 @@ CHUNK_POSITIONS = 512
 """Logits of so many positions exist at a time: 100 MB with a vocabulary of 49,152."""
 FUSED_LAYERS = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}
 """The architectures whose layers are computed in one piece, and what transformers calls such a layer."""
+FUSED_HEAD_STEP = 16
+"""Of which the width of their heads has to be a multiple: so many numbers stand side by side in kernels."""
 
 _MICRO_BATCH, _CHECKPOINTING = "micro_batch.json", "gradient_checkpointing.json"
 _TOKENS_AT_ONCE = {devices.CPU: 1024, devices.CUDA: 16_384}

@@ -49,7 +49,6 @@ class Batch:
     positions: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
-    num_examples: int
     num_tokens: int
     num_pairs: int = 0
     packing: Packing | None = None
@@ -92,7 +91,6 @@ def collate(items: Sequence[Item], device: str, *, is_packed: bool = False) -> B
         positions=at.to(device),
         targets=torch.tensor(targets, device=device),
         rows=torch.tensor(rows, device=device),
-        num_examples=len(items),
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_pairs=sum(isinstance(item, Pair) for item in items),
         packing=packing,

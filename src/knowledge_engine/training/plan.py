@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count, pairwise, takewhile
 from pathlib import Path
 
@@ -135,20 +135,23 @@ def pack_window(
     max_tokens = tokens_at_once(spec, device, micro_batch)
     rows = {index: [example.input_ids for example in sides_of(items[index])] for batch in window for index in batch}
     parts: list[list[int]] = []
+    num_tokens = num_rows = longest = 0
+    before: Sequence[int] = ()
+    # In this order no example has more in common with an earlier one than with the one before it.
     for index in sorted(rows, key=rows.__getitem__):
-        if parts and len(parts[-1]) < micro_batch and _cost([*parts[-1], index], rows) <= max_tokens:
+        mine = rows[index]
+        alone = sum(map(len, mine)) - sum(_num_shared(*pair) for pair in pairwise(mine))
+        num_tokens += alone - _num_shared(before, mine[0])
+        num_rows += len(mine)
+        longest = max(longest, *map(len, mine))
+        cost = num_tokens + (num_rows * longest - num_tokens) / 4
+        if parts and len(parts[-1]) < micro_batch and cost <= max_tokens:
             parts[-1].append(index)
         else:
             parts.append([index])
+            num_tokens, num_rows, longest = alone, len(mine), max(map(len, mine))
+        before = mine[-1]
     return parts
-
-
-def _cost(part: Sequence[int], rows: Mapping[int, Sequence[Sequence[int]]]) -> float:
-    ordered = [ids for index in part for ids in rows[index]]
-    # In this order no example has more in common with an earlier one than with the one before it.
-    num_tokens = sum(map(len, ordered)) - sum(_num_shared(*pair) for pair in pairwise(ordered))
-    num_places = len(ordered) * max(map(len, ordered))
-    return num_tokens + (num_places - num_tokens) / 4
 
 
 def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -38,8 +38,8 @@ from knowledge_engine.training.checkpoints import (
     Position,
     Randomness,
 )
+from knowledge_engine.training.dropout import Masks
 from knowledge_engine.training.loop import TrainedSummary, train
-from knowledge_engine.training.lora import Masks
 from knowledge_engine.training.shortages import Shortages
 from tests.test_training import (
     SPEC,

@@ -129,22 +129,33 @@ def test_preferences_share_their_prompt() -> None:
     use_fused_layers(model, use_fused_lora(model, 0))
     spec = SPEC.model_copy(update={"method": TrainingMethod.DPO, "beta": 0.1})
     pairs: list[Item] = [Pair(*(examples(seed)[:2])) for seed in (1, 2, 3)]
-    assert collate(pairs, "cpu", is_packed=True).input_ids.shape == (1, 3 * (15 + 12 + 4))
+    assert collate(pairs, "cpu", is_packed=True).input_ids.shape == (1, 3 * (15 + 11 + 3))
     assert_packed_is_padded(model, pairs, spec)
 
 
 def test_what_examples_share_is_computed_once_and_nothing_is_padded() -> None:
+    """Nor is an example's last token computed, which nothing is asked of."""
     some = examples()
     batch = collate(some, "cpu", is_packed=True)
     assert batch.packing is not None
-    assert batch.input_ids.shape == (1, 9 + 6 + 12 + 4 + 7 + 8 + 15)
-    assert batch.num_tokens == sum(len(one.input_ids) for one in some)
+    assert batch.input_ids.shape == (1, 9 + 6 + 11 + 3 + 6 + 7 + 14)
+    assert batch.length == max(len(one.input_ids) for one in some)
     ids = batch.input_ids[0][batch.packing.index]
     places = batch.packing.places[0][batch.packing.index]
     for row, one in enumerate(some):
-        assert ids[row, : len(one.input_ids)].tolist() == one.input_ids
-        assert places[row, : len(one.input_ids)].tolist() == [*range(len(one.input_ids))]
-    assert collate([some[4]], "cpu", is_packed=True).input_ids.tolist() == [some[4].input_ids]
+        length = len(one.input_ids) - 1
+        assert ids[row, :length].tolist() == one.input_ids[:-1]
+        assert places[row, :length].tolist() == [*range(length)]
+    assert collate([some[4]], "cpu", is_packed=True).input_ids.tolist() == [some[4].input_ids[:-1]]
+
+
+def test_what_comes_after_the_last_trained_token_is_not_computed() -> None:
+    one = Example([*range(5, 15)], [], [False] * 4 + [True] * 2 + [False] * 4)
+    for is_packed in (True, False):
+        batch = collate([one], "cpu", is_packed=is_packed)
+        assert batch.input_ids.tolist() == [one.input_ids[:5]]
+        assert batch.targets.tolist() == one.input_ids[4:6]
+        assert batch.length == 10
 
 
 def test_no_example_sees_another(tmp_path: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import njit
-
-if TYPE_CHECKING:
-    pass
 
 # Fused multiply-add is the one liberty that the compiler has: it rounds once instead of twice, in every row alike.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}

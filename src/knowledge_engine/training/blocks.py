@@ -25,12 +25,10 @@ from transformers.activations import SiLUActivation
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, body_and_head
 from knowledge_engine.training import kernels
 from knowledge_engine.training.data import Packing
-from knowledge_engine.training.lora import Masks, backward, forward
+from knowledge_engine.training.dropout import Masks, chosen_places
+from knowledge_engine.training.lora import Backward, forward
 from knowledge_engine.training.packing import gather
 from knowledge_engine.training.plan import FUSED_HEAD_STEP, FUSED_LAYERS
-
-_Kept = tuple[torch.Tensor, torch.Tensor | None]
-"""Of an adapted linear, for its backward pass: A dropout(x) (M, r), and what dropout dropped (M, inputs)."""
 
 
 def use_fused_layers(model: PeftModel, masks: Masks) -> int:
@@ -107,10 +105,9 @@ class _Block:
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: Masks, packing: Packing
     ) -> torch.Tensor:
         """(1, U, H) -> (1, U, H); cos and sin are (1, U, D), the same in both of their halves."""
-        half = self.head_width // 2
-        turn = (cos[..., None, :half], sin[..., None, :half])
+        turn = tuple(part[0, :, : self.head_width // 2].contiguous() for part in (cos, sin))
         q, k, v = _Inputs.apply(x, self, turn, masks, *_weights(self.inputs))  # type: ignore[no-untyped-call]
-        attended = _Attention.apply(q[0], k[0], v[0], packing, self.scaling)  # type: ignore[no-untyped-call]
+        attended = _Attention.apply(q, k, v, packing, self.scaling)  # type: ignore[no-untyped-call]
         wanted = packing.wanted if self.is_last else None
         return _Outputs.apply(attended.flatten(1), x, self, masks, wanted, *_weights(self.outputs))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -130,7 +127,7 @@ def _weights(layers: Sequence[AdaptedLinear]) -> list[torch.Tensor]:
 
 
 class _Inputs(torch.autograd.Function):
-    """(1, U, H) -> queries (1, U, N, D), keys and values, which may have fewer heads."""
+    """(1, U, H) -> queries (U, N, D), keys and values, which may have fewer heads."""
 
     @staticmethod
     def forward(
@@ -141,31 +138,26 @@ class _Inputs(torch.autograd.Function):
         masks: Masks,
         *ab: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        flat = x.flatten(0, 1)
-        normed = block.first_norm.apply(flat)
-        products, kept = zip(*(_times(layer, normed, masks, len(flat)) for layer in block.inputs), strict=True)
-        q, k, v = (product.view(*x.shape[:2], -1, block.head_width) for product in products)
-        ctx.save_for_backward(flat, *turn, *_flattened(kept))
+        flat = x[0]
+        outputs, low, dropped = _times(block.inputs, block.first_norm.apply(flat), masks, len(flat))
+        q, k, v = (output.view(len(flat), -1, block.head_width) for output in outputs)
+        kernels.rotate(*_arrays(q, *turn))
+        kernels.rotate(*_arrays(k, *turn))
+        ctx.save_for_backward(flat, *turn, low, *dropped)
         ctx.block = block
-        return _rotated(q, *turn), _rotated(k, *turn), v
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flat, cos, sin, *kept = ctx.saved_tensors
+        flat, cos, sin, low, *dropped = ctx.saved_tensors
         block: _Block = ctx.block
-        grad_q, grad_k, grad_v = gradients
-        shape = grad_q.shape
-        grad_products = (_rotated(grad_q, cos, -sin), _rotated(grad_k, cos, -sin), grad_v.contiguous())
-        normed = block.first_norm.apply(flat)
-        grad_normed = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        grad_ab: list[torch.Tensor] = []
-        for layer, grad, pair in zip(block.inputs, grad_products, _pairs(kept), strict=True):
-            is_first = layer is block.inputs[0]
-            grad_ab += backward(layer, grad.view(len(flat), -1), normed, *pair, grad_normed, is_first=is_first)
+        for gradient in gradients[:2]:  # nobody else has them: `_Attention` made them
+            kernels.rotate(*_arrays(gradient, cos, -sin))
+        back = Backward(block.inputs, [gradient.flatten(1) for gradient in gradients], dropped)
         grad_x = None
-        if grad_normed is not None:
-            grad_x = block.first_norm.backward(grad_normed, flat).view(*shape[:2], -1)
-        return grad_x, None, None, None, *grad_ab
+        if ctx.needs_input_grad[0]:
+            grad_x = block.first_norm.backward(back.to_input(), flat).unsqueeze(0)
+        return grad_x, None, None, None, *back.to_weights(block.first_norm.apply(flat), low)
 
 
 class _Attention(torch.autograd.Function):
@@ -175,7 +167,6 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, scaling: float
     ) -> torch.Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
         kernels.attend(*_arrays(q, k, v), *_where(packing), np.float32(scaling), *_arrays(out, lse))
         ctx.save_for_backward(q, k, v, out, lse)
@@ -217,58 +208,50 @@ class _Outputs(torch.autograd.Function):
         wanted: torch.Tensor | None,
         *ab: torch.Tensor,
     ) -> torch.Tensor:
-        o, gate, up, down = block.outputs
         num_rows = len(attended)
-
-        def times(layer: AdaptedLinear, values: torch.Tensor) -> tuple[torch.Tensor, _Kept]:
-            return _times(layer, values, masks, num_rows, wanted)
-
-        h, kept_o = times(o, _chosen(attended, wanted))
+        o, inner, down = block.outputs[:1], block.outputs[1:3], block.outputs[3:]
+        (h,), low_o, dropped_o = _times(o, _chosen(attended, wanted), masks, num_rows, wanted)
         h += _chosen(x[0], wanted)
         normed = block.second_norm.apply(h)
-        gated, kept_gate = times(gate, normed)
-        raised, kept_up = times(up, normed)
-        y, kept_down = times(down, _gated(gated, raised))
+        (gated, raised), low_inner, dropped_inner = _times(inner, normed, masks, num_rows, wanted)
+        product = torch.empty_like(gated)
+        kernels.gate(*_flat(gated, raised, product))
+        (y,), low_down, dropped_down = _times(down, product, masks, num_rows, wanted)
         y += h
-        kept = (kept_o, kept_gate, kept_up, kept_down)
-        ctx.save_for_backward(attended, h, gated, raised, *_flattened(kept))
+        dropped = (*dropped_o, *dropped_inner, *dropped_down)
+        ctx.save_for_backward(attended, h, gated, raised, low_o, low_inner, low_down, *dropped)
         ctx.block, ctx.wanted = block, wanted
         return _spread(y, wanted, num_rows).unsqueeze(0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        attended, h, gated, raised, *kept = ctx.saved_tensors
+        attended, h, gated, raised, low_o, low_inner, low_down, *dropped = ctx.saved_tensors
         block: _Block = ctx.block
         num_rows = len(attended)
-        o, gate, up, down = block.outputs
-        kept_o, kept_gate, kept_up, kept_down = _pairs(kept)
+        o, inner, down = block.outputs[:1], block.outputs[1:3], block.outputs[3:]
         grad_y = _chosen(gradients[0][0], ctx.wanted)
 
-        grad_inner = torch.empty_like(gated)
-        of_down = backward(down, grad_y, _gated(gated, raised), *kept_down, grad_inner, is_first=True)
-        grad_raised = torch.empty_like(raised)
-        kernels.gate_backward(*(part.reshape(-1).numpy() for part in (gated, raised, grad_inner, grad_raised)))
-        grad_gated = grad_inner
+        back_down = Backward(down, [grad_y], dropped[3:])
+        grad_product = back_down.to_input()
+        grad_raised, product = torch.empty_like(raised), torch.empty_like(raised)
+        kernels.gate_backward(*_flat(gated, raised, grad_product, grad_raised, product))
+        of_down = back_down.to_weights(product, low_down)
+        del product
 
-        normed = block.second_norm.apply(h)
-        grad_normed = torch.empty_like(h)
-        of_gate = backward(gate, grad_gated, normed, *kept_gate, grad_normed, is_first=True)
-        of_up = backward(up, grad_raised, normed, *kept_up, grad_normed)
-        grad_h = block.second_norm.backward(grad_normed, h).add_(grad_y)
+        back_inner = Backward(inner, [grad_product, grad_raised], dropped[1:3])
+        grad_h = block.second_norm.backward(back_inner.to_input(), h).add_(grad_y)
+        of_inner = back_inner.to_weights(block.second_norm.apply(h), low_inner)
+        del back_inner, back_down, grad_product, grad_raised
 
-        grad_attended = h.new_empty(len(h), attended.shape[1])
-        of_o = backward(o, grad_h, _chosen(attended, ctx.wanted), *kept_o, grad_attended, is_first=True)
+        back_o = Backward(o, [grad_h], dropped[:1])
+        grad_attended = _spread(back_o.to_input(), ctx.wanted, num_rows)
+        of_o = back_o.to_weights(_chosen(attended, ctx.wanted), low_o)
         grad_x = _spread(grad_h, ctx.wanted, num_rows).unsqueeze(0)
-        return (
-            _spread(grad_attended, ctx.wanted, num_rows), grad_x, None, None, None, *of_o, *of_gate, *of_up, *of_down
-        )  # fmt: skip
+        return grad_attended, grad_x, None, None, None, *of_o, *of_inner, *of_down
 
 
-def _gated(gated: torch.Tensor, raised: torch.Tensor) -> torch.Tensor:
-    """silu(gated) raised, (M, I) each."""
-    inner = torch.empty_like(gated)
-    kernels.gate(*(part.view(-1).numpy() for part in (gated, raised, inner)))
-    return inner
+def _flat(*tensors: torch.Tensor) -> list[Any]:
+    return _arrays(*(tensor.view(-1) for tensor in tensors))
 
 
 class _Norm:
@@ -291,30 +274,14 @@ class _Norm:
 
 
 def _times(
-    layer: AdaptedLinear, x: torch.Tensor, masks: Masks, num_rows: int, chosen: torch.Tensor | None = None
-) -> tuple[torch.Tensor, _Kept]:
-    """x are all rows, or the chosen ones of so many: dropout tosses for all, so that a choice changes no other toss."""
-    dropped = None
-    if layer.dropout:
-        dropped = _chosen(masks.draw(x.new_empty(num_rows, x.shape[1]), layer.dropout), chosen)
-    y, low = forward(layer, x, dropped)
-    return y, (low, dropped)
-
-
-def _flattened(kept: Sequence[_Kept]) -> list[torch.Tensor | None]:
-    return [tensor for pair in kept for tensor in pair]
-
-
-def _pairs(tensors: Sequence[Any]) -> list[_Kept]:
-    """The inverse of `_flattened`."""
-    return [*zip(tensors[::2], tensors[1::2], strict=True)]
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (1, U, N, D); cos and sin are (1, U, 1, D / 2)."""
-    left, right = x.chunk(2, dim=-1)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    half = x.shape[-1] // 2
-    torch.mul(left, cos, out=y[..., :half]).addcmul_(right, sin, value=-1)
-    torch.mul(right, cos, out=y[..., half:]).addcmul_(left, sin)
-    return y
+    layers: Sequence[AdaptedLinear], x: torch.Tensor, masks: Masks, num_rows: int, chosen: torch.Tensor | None = None
+) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor | None]]:
+    """`lora.forward` of all rows x, or of the chosen ones of so many: dropout tosses for all, so that a choice changes
+    no other toss. Also what it dropped."""
+    dropped: list[torch.Tensor | None] = []
+    for layer in layers:
+        places = masks.places(num_rows * x.shape[1], layer.dropout) if layer.dropout else None
+        if places is not None and chosen is not None:
+            places = chosen_places(places, num_rows, x.shape[1], chosen)
+        dropped.append(places)
+    return *forward(layers, x, dropped), dropped

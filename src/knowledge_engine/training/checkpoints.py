@@ -32,7 +32,7 @@ from knowledge_engine.errors import IntegrityError, KnowledgeEngineError, Reason
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.files import read_json, replace_durably, sync, write_durably
 from knowledge_engine.settings import Settings
-from knowledge_engine.training.lora import Masks
+from knowledge_engine.training.dropout import Masks
 from knowledge_engine.training.plan import CHECKPOINTS
 from knowledge_engine.training.publishing import LIBRARIES
 from knowledge_engine.training.shortages import disk_full, is_disk_full

@@ -1,7 +1,7 @@
 """From examples to the tensors of a batch; which ones go together is in `plan.py`. Knows no model and no optimizer.
 
-Shapes: B examples, T tokens of the longest of them, U tokens that are computed, N trained tokens of the whole batch, P
-preferences.
+Shapes: B examples, T tokens of the longest of them as far as it is computed, U tokens that are computed, N trained
+tokens of the whole batch, P preferences.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ class Batch:
     `packing` they are (1, U), without padding.
 
     `positions` (N,) index the flattened hidden states whose next token is trained, `targets` (N,) are those tokens,
-    `rows` (N,) the example that each belongs to. `num_tokens` are those of all examples, padding left out. Of a
-    preference both answers are examples, the chosen one first; there are `num_pairs` of them, or 0.
+    `rows` (N,) the example that each belongs to. An example ends before its last trained token: what comes after is
+    asked nothing. `length` is that of the longest one, this end included. Of a preference both answers are examples,
+    the chosen one first; there are `num_pairs` of them, or 0.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
-    num_tokens: int
+    length: int
     num_pairs: int = 0
     packing: Packing | None = None
 
@@ -58,31 +59,21 @@ class Batch:
         """What the loss is a mean over: trained tokens, or preferences."""
         return self.num_pairs or len(self.targets)
 
-    @property
-    def length(self) -> int:
-        """T"""
-        return (self.input_ids if self.packing is None else self.packing.index).shape[1]
-
 
 def collate(items: Sequence[Item], device: str, *, is_packed: bool = False) -> Batch:
     """One batch on `device`. Padding is token 0, and no target ever stands there."""
     examples = [example for item in items for example in sides_of(item)]
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    positions: list[int] = []
-    targets: list[int] = []
-    rows: list[int] = []
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.tensor(example.input_ids)
-        learned = [index for index in range(1, length) if example.trained[index]]
-        positions += [row * longest + index - 1 for index in learned]
-        targets += [example.input_ids[index] for index in learned]
-        rows += [row] * len(learned)
+    learned = [[index for index in range(1, len(one.trained)) if one.trained[index]] for one in examples]
+    ids = [one.input_ids[: indices[-1] if indices else 1] for one, indices in zip(examples, learned, strict=True)]
+    longest = max(map(len, ids))
+    input_ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
+    positions = [row * longest + index - 1 for row, indices in enumerate(learned) for index in indices]
+    targets = [one.input_ids[index] for one, indices in zip(examples, learned, strict=True) for index in indices]
+    rows = [row for row, indices in enumerate(learned) for _ in indices]
     at = torch.tensor(positions)
     packing = None
     if is_packed:
-        packing = _pack([example.input_ids for example in examples], at)
+        packing = _pack(ids, at)
         at = packing.index.flatten()[at]
         input_ids = input_ids.flatten()[packing.firsts].unsqueeze(0)
         packing = Packing(**{name: tensor.to(device) for name, tensor in vars(packing).items()})
@@ -91,7 +82,7 @@ def collate(items: Sequence[Item], device: str, *, is_packed: bool = False) -> B
         positions=at.to(device),
         targets=torch.tensor(targets, device=device),
         rows=torch.tensor(rows, device=device),
-        num_tokens=sum(len(example.input_ids) for example in examples),
+        length=max(len(example.input_ids) for example in examples),
         num_pairs=sum(isinstance(item, Pair) for item in items),
         packing=packing,
     )

@@ -540,8 +540,9 @@ def _step_bytes(
         numbers += heads_width  # what attention gives is kept as it lays examples out, and as they are packed
     in_all = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
     in_all += (4 - size) * tokens * shape.num_layers * 2 * shape.width  # both norms compute in float32
-    if spec.lora.dropout:
-        in_all += tokens * sum(linear.inputs for linear in adapted)
+    if spec.lora.dropout:  # a mask of one byte a number, or places of eight for the few that are dropped
+        each = 8 * spec.lora.dropout if _is_fused(shape, spec, device) else 1
+        in_all += round(each * tokens * sum(linear.inputs for linear in adapted))
     if spec.lora.use_dora:  # PEFT's own: both products and the dropped input, and NF4 weights as they are multiplied
         in_all += size * tokens * sum(2 * linear.outputs + linear.inputs for linear in adapted)
         in_all += size * shape.num_linear_weights if spec.use_qlora and spec.lora.dropout else 0

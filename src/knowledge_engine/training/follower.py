@@ -17,8 +17,8 @@ from knowledge_engine.core import Job, JobContext, JobState, Progress, Service, 
 from knowledge_engine.failpoints import failpoint
 from knowledge_engine.processes import GAVE_UP
 from knowledge_engine.training.checkpoints import Best, Boundary, Checkpoints, Learned, Position
+from knowledge_engine.training.dropout import Masks
 from knowledge_engine.training.loop import train
-from knowledge_engine.training.lora import Masks
 from knowledge_engine.training.ranks import Ranks, Task, joined, load_tuned, tell_failure
 
 _LOG = logging.getLogger(__name__)

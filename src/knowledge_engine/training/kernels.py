@@ -1,5 +1,5 @@
 """What a decoder layer does between its products, compiled for this machine by numba: causal attention over packed
-examples, and SwiGLU, forward and backward.
+examples, rotary positions, norms, SwiGLU and dropout, forward and backward.
 
 Attention takes queries in strips of `STRIP` rows, all keys of an example before them, and no more: scores, shares and
 what is made of them are products of small tiles that stay in the cache. Of what examples share at their beginning, keys
@@ -26,6 +26,8 @@ STRIP = 6
 _BLOCK = 8 * STRIP
 """Rows whose scores are kept until the gradients of keys and values are taken of all of them."""
 _CHUNK = 16_384
+DROPOUT_PARTS = 4
+"""So many parts of the rows, however many threads there are: their sums come out the same."""
 _MOST_THREADS = get_num_threads()
 _NEVER = np.float32(-1e30)
 """The score of what comes later; no share is left of it."""
@@ -278,6 +280,26 @@ def _dot(x: Any, y: Any) -> Any:
     return total
 
 
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+@njit(**KEPT, parallel=True)
+def rotate(x: Any, cos: Any, sin: Any) -> None:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) of x (U, N, D), in its place; cos and sin are (U, D / 2)."""
+    for token in prange(len(x)):
+        for head in range(x.shape[1]):
+            _rotate(x[token, head], cos[token], sin[token])
+
+
+@njit(**OPTIONS)
+def _rotate(x: Any, cos: Any, sin: Any) -> None:
+    half = len(cos)
+    for d in range(half):
+        left, right = x[d], x[half + d]
+        x[d] = left * cos[d] - right * sin[d]
+        x[half + d] = right * cos[d] + left * sin[d]
+
+
 # --- norms --------------------------------------------------------------------------------------------------------
 
 
@@ -336,26 +358,94 @@ def _gate(gated: Any, raised: Any, out: Any) -> None:
 
 
 @njit(**KEPT, parallel=True)
-def gate_backward(gated: Any, raised: Any, grad: Any, grad_raised: Any) -> None:
-    """Of the gradient of what `gate` gives those of its inputs; that of `gated` takes the place of `grad`."""
+def gate_backward(gated: Any, raised: Any, grad: Any, grad_raised: Any, product: Any) -> None:
+    """Of the gradient of what `gate` gives those of its inputs, and what it gave, once more; the gradient of `gated`
+    takes the place of `grad`."""
     for chunk in prange((len(grad) + _CHUNK - 1) // _CHUNK):
         part = slice(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(grad)))
-        _gate_backward(gated[part], raised[part], grad[part], grad_raised[part])
+        _gate_backward(gated[part], raised[part], grad[part], grad_raised[part], product[part])
 
 
 @njit(**OPTIONS)
-def _gate_backward(gated: Any, raised: Any, grad: Any, grad_raised: Any) -> None:
+def _gate_backward(gated: Any, raised: Any, grad: Any, grad_raised: Any, product: Any) -> None:
     for i in range(len(grad)):
-        x, of_inner = gated[i], grad[i]
+        x, of_product = gated[i], grad[i]
         share = _sigmoid(x)
-        grad_raised[i] = x * share * of_inner
-        grad[i] = of_inner * raised[i] * share * (_F32(1) + x * (_F32(1) - share))
+        product[i] = x * share * raised[i]
+        grad_raised[i] = x * share * of_product
+        grad[i] = of_product * raised[i] * share * (_F32(1) + x * (_F32(1) - share))
 
 
 @njit(inline="always", **OPTIONS)
 def _sigmoid(x: Any) -> Any:
     small = exp(-abs(x))
     return (_F32(1) if x >= _F32(0) else small) / (_F32(1) + small)
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------
+
+
+@njit(**KEPT, parallel=True)
+def take_from_product(x: Any, a: Any, places: Any, low: Any) -> None:
+    """Of x (M, I), a (I, r) and places in x, in order: takes their part out of the product low (M, r)."""
+    for part in prange(DROPOUT_PARTS):
+        _take_from_product(x, a, places, _part_of(len(x), part), low)
+
+
+@njit(**OPTIONS)
+def _take_from_product(x: Any, a: Any, places: Any, rows: Any, low: Any) -> None:
+    width = x.shape[1]
+    at = np.searchsorted(places, rows[0] * width)
+    for row in range(rows[0], rows[1]):
+        while at < len(places) and places[at] < (row + 1) * width:
+            i = places[at] - row * width
+            value = x[row, i]
+            for j in range(low.shape[1]):
+                low[row, j] -= value * a[i, j]
+            at += 1
+
+
+@njit(**KEPT, parallel=True)
+def take_from_input(grad_low: Any, a: Any, places: Any, grad_x: Any) -> None:
+    """Of grad_low (M, r) and a (I, r): takes their product out of grad_x (M, I) at these places."""
+    for part in prange(DROPOUT_PARTS):
+        _take_from_input(grad_low, a, places, _part_of(len(grad_x), part), grad_x)
+
+
+@njit(**OPTIONS)
+def _take_from_input(grad_low: Any, a: Any, places: Any, rows: Any, grad_x: Any) -> None:
+    width = grad_x.shape[1]
+    at = np.searchsorted(places, rows[0] * width)
+    for row in range(rows[0], rows[1]):
+        while at < len(places) and places[at] < (row + 1) * width:
+            i = places[at] - row * width
+            grad_x[row, i] -= _dot(grad_low[row], a[i])
+            at += 1
+
+
+@njit(**KEPT, parallel=True)
+def take_from_weights(x: Any, grad_low: Any, places: Any, parts: Any) -> None:
+    """Of x (M, I) at these places and grad_low (M, r): takes their products out of parts (DROPOUT_PARTS, I, r)."""
+    for part in prange(DROPOUT_PARTS):
+        _take_from_weights(x, grad_low, places, _part_of(len(x), part), parts[part])
+
+
+@njit(**OPTIONS)
+def _take_from_weights(x: Any, grad_low: Any, places: Any, rows: Any, out: Any) -> None:
+    width = x.shape[1]
+    at = np.searchsorted(places, rows[0] * width)
+    for row in range(rows[0], rows[1]):
+        while at < len(places) and places[at] < (row + 1) * width:
+            i = places[at] - row * width
+            value = x[row, i]
+            for j in range(out.shape[1]):
+                out[i, j] -= value * grad_low[row, j]
+            at += 1
+
+
+@njit(**OPTIONS)
+def _part_of(num_rows: Any, part: Any) -> Any:
+    return num_rows * part // DROPOUT_PARTS, num_rows * (part + 1) // DROPOUT_PARTS
 
 
 def warm_up(num_threads: int) -> None:
@@ -369,7 +459,10 @@ def warm_up(num_threads: int) -> None:
         heads, heads, heads, found, lse, heads, index, 0 * one, one, scaling, heads.copy(), heads[None].copy(),
         heads[None].copy(),
     )  # fmt: skip
+    rotate(heads.copy(), row[:, : WIDTH // 2].copy(), row[:, : WIDTH // 2].copy())
     norm(row, row[0], scaling, row.copy())
     norm_backward(row, row[0], scaling, row.copy())
     gate(row[0], row[0], row[0].copy())
-    gate_backward(row[0], row[0], row[0].copy(), row[0].copy())
+    gate_backward(row[0], row[0], row[0].copy(), row[0].copy(), row[0].copy())
+    for take, out in ((take_from_product, row), (take_from_input, row), (take_from_weights, heads)):
+        take(row, np.zeros((WIDTH, WIDTH), np.float32), one[:0], out.copy())

@@ -9,57 +9,103 @@ Shapes: M tokens of the batch, I inputs, O outputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from knowledge_engine import devices
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, linear
+from knowledge_engine.training import dropout
+from knowledge_engine.training.dropout import Masks
 
 
-def forward(layer: AdaptedLinear, x: torch.Tensor, dropped: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, I) -> (M, O), and A dropout(x) (M, r) for `backward`. `dropped` (M, I) is true where dropout zeroes an input
-    of A."""
-    low = linear(_without(x, dropped), layer.a.to(x.dtype))
-    y = wide_linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
-    y.addmm_(low, layer.b.t().to(x.dtype), alpha=_scale(layer))
-    return y, low
+def forward(
+    layers: Sequence[AdaptedLinear], x: torch.Tensor, dropped: Sequence[torch.Tensor | None]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What `layers` make of an input that all of them read: (M, I) -> (M, O) each; and A dropout(x) of all of them side
+    by side (M, R) for the backward pass. `dropped` is of each layer what `dropout.py` says, if anything."""
+    if _drops_nothing(dropped):
+        low = linear(x, _all_a(layers, x.dtype))
+    else:
+        pairs = zip(layers, dropped, strict=True)
+        low = _side_by_side([dropout.product(x, layer.a.to(x.dtype), mine) for layer, mine in pairs], 1)
+    outputs: list[torch.Tensor] = []
+    for layer, mine in zip(layers, torch.split(low, _ranks(layers), 1), strict=True):
+        y = _wide_linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
+        outputs.append(y.addmm_(mine, layer.b.t().to(x.dtype), alpha=_scale(layer)))
+    return outputs, low
 
 
-def backward(
-    layer: AdaptedLinear,
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    low: torch.Tensor,
-    dropped: torch.Tensor | None,
-    grad_x: torch.Tensor | None,
-    *,
-    is_first: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of A (r, I) and B (O, r); that of x is added to `grad_x` (M, I) where it is asked for, or the first
-    that is written there."""
-    a, b = layer.a.to(x.dtype), layer.b.to(x.dtype)
-    grad_low = linear(grad_y, b.t()).mul_(_scale(layer))
-    grad_a = grad_low.t() @ _without(x, dropped)
-    grad_b = linear(low.t(), grad_y.t()).t() * _scale(layer)
-    if grad_x is not None:
-        grad_x.addmm_(grad_y, layer.weight(x.dtype), beta=0 if is_first else 1)
-        if dropped is None:
-            grad_x.addmm_(grad_low, a)
+class Backward:
+    """The backward pass of `forward`, of the gradients (M, O) of its outputs: to the input and to the weights."""
+
+    def __init__(
+        self,
+        layers: Sequence[AdaptedLinear],
+        grad_outputs: Sequence[torch.Tensor],
+        dropped: Sequence[torch.Tensor | None],
+    ) -> None:
+        self._layers = layers
+        self._grad_outputs = grad_outputs
+        self._dropped = dropped
+        pairs = zip(layers, grad_outputs, strict=True)
+        self._of_low = [linear(grad_y, layer.b.to(grad_y.dtype).t()).mul_(_scale(layer)) for layer, grad_y in pairs]
+
+    def to_input(self) -> torch.Tensor:
+        """(M, I)"""
+        dtype = self._of_low[0].dtype
+        grad_x: torch.Tensor | None = None
+        for layer, grad_y in zip(self._layers, self._grad_outputs, strict=True):
+            weight = layer.weight(dtype)
+            grad_x = grad_y @ weight if grad_x is None else grad_x.addmm_(grad_y, weight)
+        assert grad_x is not None
+        if _drops_nothing(self._dropped):
+            return grad_x.addmm_(_side_by_side(self._of_low, 1), _all_a(self._layers, dtype))
+        for layer, grad, mine in zip(self._layers, self._of_low, self._dropped, strict=True):
+            dropout.add_to_input(grad_x, grad, layer.a.to(dtype), mine)
+        return grad_x
+
+    def to_weights(self, x: torch.Tensor, low: torch.Tensor) -> list[torch.Tensor]:
+        """Of every layer those of A (r, I) and B (O, r); x and low are what `forward` took and gave."""
+        ranks = _ranks(self._layers)
+        if _drops_nothing(self._dropped):
+            of_a = [*torch.split(_side_by_side(self._of_low, 1).t() @ x, ranks)]
         else:
-            grad_x += (grad_low @ a).masked_fill_(dropped, 0)
-    return grad_a.to(layer.a.dtype), grad_b.to(layer.b.dtype)
+            pairs = zip(self._of_low, self._dropped, strict=True)
+            of_a = [dropout.gradient_of_a(grad, x, mine) for grad, mine in pairs]
+        gradients: list[torch.Tensor] = []
+        for layer, a, mine, grad_y in zip(
+            self._layers, of_a, torch.split(low, ranks, 1), self._grad_outputs, strict=True
+        ):
+            b = linear(mine.t(), grad_y.t()).t() * _scale(layer)
+            gradients += [a.to(layer.a.dtype), b.to(layer.b.dtype)]
+        return gradients
 
 
-def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`modeling.linear` of many inputs and outputs. On Zen 3 alone MKL is faster at these: 186 against 165 GFLOP/s."""
     if devices.is_zen3() and x.device.type == devices.CPU and x.dtype is torch.float32:
         return functional.linear(x, weight, bias)
     return linear(x, weight, bias)
+
+
+def _drops_nothing(dropped: Sequence[torch.Tensor | None]) -> bool:
+    return all(mask is None for mask in dropped)
+
+
+def _all_a(layers: Sequence[AdaptedLinear], dtype: torch.dtype) -> torch.Tensor:
+    """(R, I)"""
+    return _side_by_side([layer.a for layer in layers], 0).to(dtype)
+
+
+def _side_by_side(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
+
+
+def _ranks(layers: Sequence[AdaptedLinear]) -> list[int]:
+    return [layer.a.shape[0] for layer in layers]
 
 
 def _scale(layer: AdaptedLinear) -> float:
@@ -68,13 +114,13 @@ def _scale(layer: AdaptedLinear) -> float:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`forward` and `backward` of one layer, which keeps its input."""
+    """`forward` and `Backward` of one layer, which keeps its input."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: AdaptedLinear, dropped: torch.Tensor | None
     ) -> torch.Tensor:
-        y, low = forward(layer, x, dropped)
+        (y,), low = forward([layer], x, [dropped])
         ctx.save_for_backward(x, low, dropped)
         ctx.layer = layer
         return y
@@ -82,9 +128,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low, dropped = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = backward(ctx.layer, gradients[0], x, low, dropped, grad_x, is_first=True)
-        return grad_x, grad_a, grad_b, None, None
+        back = Backward([ctx.layer], gradients, [dropped])
+        grad_x = back.to_input() if ctx.needs_input_grad[0] else None
+        return grad_x, *back.to_weights(x, low), None, None
 
 
 def use_fused_lora(model: PeftModel, seed: int) -> Masks:
@@ -110,52 +156,3 @@ def _forward(layer: AdaptedLinear, plain: Callable[..., torch.Tensor], masks: Ma
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     return forward
-
-
-class Masks:
-    """Dropout's coin tosses. torch tosses them one by one on a CPU, which takes a tenth of a training step."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = np.random.Generator(np.random.SFC64(seed))
-
-    def draw(self, like: torch.Tensor, probability: float) -> torch.Tensor:
-        """True with `probability`, in steps of 1 / 65,536, for every number of `like`."""
-        if like.device.type != "cpu":
-            return torch.rand_like(like, dtype=torch.float32) < probability
-        words = np.frombuffer(self._random.bytes(2 * like.numel()), dtype=np.uint16)
-        return torch.from_numpy(words < round(probability * 65_536)).view(like.shape)
-
-    def again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For a pass and one that repeats it later: the tosses of the second fall as those of the first. This is a
-        `context_fn` of `torch.utils.checkpoint`."""
-        first = self.state()
-
-        @contextmanager
-        def repeated() -> Iterator[None]:
-            now = self.state()
-            self.restore(first)
-            try:
-                yield
-            finally:
-                self.restore(now)
-
-        return nullcontext(), repeated()
-
-    def state(self) -> tuple[int, ...]:
-        """Where the series of tosses stands, as six whole numbers."""
-        values = cast("dict[str, Any]", self._random.bit_generator.state)
-        return (*map(int, values["state"]["state"]), int(values["has_uint32"]), int(values["uinteger"]))
-
-    def restore(self, state: Sequence[int]) -> None:
-        """The inverse of `state`."""
-        *words, has_uint32, uinteger = state
-        self._random.bit_generator.state = {
-            "bit_generator": "SFC64",
-            "state": {"state": np.array(words, dtype=np.uint64)},
-            "has_uint32": has_uint32,
-            "uinteger": uinteger,
-        }
-
-
-def _without(x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
-    return x if dropped is None else x.masked_fill(dropped, 0)

@@ -16,9 +16,8 @@ from torch.nn import functional
 
 from knowledge_engine.core import TrainingMethod, TrainingSpec
 from knowledge_engine.errors import InvalidSpecError, Reason
-from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head, without_adapter
+from knowledge_engine.modeling import PeftModel, PreTrainedModel, body_and_head, linear, without_adapter
 from knowledge_engine.training.data import Batch
-from knowledge_engine.training.lora import wide_linear
 from knowledge_engine.training.packing import hidden_states
 from knowledge_engine.training.plan import CHUNK_POSITIONS
 
@@ -53,7 +52,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def _through_head(states: torch.Tensor, targets: torch.Tensor, head: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (n,) of hidden states (n, H), and what the logits are raised to, exp(z - max z) (n, V)."""
-    values = wide_linear(states, head.weight, head.bias).float()
+    values = linear(states, head.weight, head.bias).float()
     values -= values.amax(1, keepdim=True)
     mine = values.gather(1, targets.unsqueeze(1)).squeeze(1)
     raised = values.exp_()

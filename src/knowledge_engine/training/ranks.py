@@ -48,7 +48,7 @@ from knowledge_engine.processes import count_oom_kills, describe_exit
 from knowledge_engine.settings import Settings
 from knowledge_engine.training.checkpoints import Best, Learned, Position
 from knowledge_engine.training.data import Batch
-from knowledge_engine.training.lora import Masks
+from knowledge_engine.training.dropout import Masks
 from knowledge_engine.training.material import Item
 from knowledge_engine.training.plan import deal_window
 

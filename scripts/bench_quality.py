@@ -2,7 +2,7 @@
 
 For every seed the real service generates conversations about the demo's catalogue, tunes twice on them (QLoRA, and LoRA
 in float32) with a split that keeps products on one side, and answers the held-out questions with the base and both, and
-with the QLoRA on the base as it was trained on (KNOWLEDGE_SERVING_PRECISION=nf4). The same is asked about a catalogue
+with the QLoRA on the base as it was trained on (KNOWLEDGE_SERVING_PRECISION=nf4-int8). The same is asked about a catalogue
 that no training has seen, of another kind of goods. Told are
 
 - the held-out loss in the serving precision, mean over the seeds with its 95 % interval (Student's t),
@@ -63,9 +63,9 @@ EVAL_SPLIT = 0.12
 ANSWER_TOKENS = 80
 _T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by the number of seeds
 _METHODS = {"QLoRA": True, "LoRA": False}
-_AS_TRAINED = "QLoRA served in NF4"
+_AS_TRAINED = "QLoRA in nf4-int8"
 _ANSWERING = {
-    BASE: (BASE, None), "QLoRA": ("QLoRA", None), "LoRA": ("LoRA", None), _AS_TRAINED: ("QLoRA", modeling.NF4)
+    BASE: (BASE, None), "QLoRA": ("QLoRA", None), "LoRA": ("LoRA", None), _AS_TRAINED: ("QLoRA", modeling.NF4_INT8)
 }  # fmt: skip
 """Who answers: a model, and the precision that is asked for."""
 
@@ -111,7 +111,7 @@ def _one_seed(root: Path, seed: int, arguments: argparse.Namespace) -> Iterator[
     folder.mkdir()
     products = {"demo": load_demo_catalogue(), "unseen": _read(UNSEEN)}
     # What is trained under a precision that is asked for can be served in it, and in the usual ones.
-    with _service(folder, modeling.NF4) as address, Client(address) as client:
+    with _service(folder, modeling.NF4_INT8) as address, Client(address) as client:
         client.upload_dataset("demo-shop", DEMO_CATALOGUE.read_bytes(), kind=DatasetKind.CATALOGUE)
         client.upload_dataset("unseen-shop", UNSEEN.read_bytes(), kind=DatasetKind.CATALOGUE)
         for name, catalogue, number in (
@@ -132,7 +132,7 @@ def _one_seed(root: Path, seed: int, arguments: argparse.Namespace) -> Iterator[
             _ended(client, client.create_training_job(training))
     talks = _talks(folder, seed)
     answers: dict[tuple[str, str], list[str]] = {}
-    for precision in (None, modeling.NF4):
+    for precision in (None, modeling.NF4_INT8):
         with _service(folder, precision) as address, Client(address) as client:
             _wait_until_ready(client)
             for who, (model, asked) in _ANSWERING.items():
@@ -252,7 +252,7 @@ def _loss(folder: Path, model: str, asked: str | None, rows: Sequence[Conversati
 
 def _line(outcome: Outcome) -> str:
     return (
-        f"seed {outcome.seed}  {outcome.catalogue:6}  {outcome.model:19}  loss {outcome.loss:.4f}  exact prices "
+        f"seed {outcome.seed}  {outcome.catalogue:6}  {outcome.model:17}  loss {outcome.loss:.4f}  exact prices "
         f"{outcome.num_exact}/{outcome.num_answers}  inventions {outcome.num_inventions}/{outcome.num_answers}"
     )
 

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -126,9 +126,11 @@ def test_a_version_answers_as_when_it_was_published(
 
 def test_there_is_a_tolerance_for_every_precision_that_serves(published: tuple[Base, str, Adapter]) -> None:
     base, precision, _ = published
+    askable = get_args(get_args(Settings.model_fields["serving_precision"].annotation)[0])
+    assert set(askable) == set(TOLERANCES) == set(modeling.SERVED_BYTES)
     precisions = modeling.serving_precisions(base, "nf4")
     assert precisions[0] == precision
-    assert set(precisions) == (set(TOLERANCES) if precision == "int8" else {"float32", "bfloat16", "nf4"})
+    assert set(precisions) == {precision, "float32", "bfloat16", "nf4"}
 
 
 @pytest.mark.parametrize("published", ["llama"], indirect=True)

@@ -237,6 +237,25 @@ def test_rounding_twice_is_rounding_once() -> None:
     assert (weight - once).square().sum() < (weight - largest_only).square().sum()
 
 
+def test_weights_of_qlora_are_kept_in_eight_bits(tiny: tuple[Path, modeling.PreTrainedModel]) -> None:
+    """Rounded to NF4 as training has them and then once more, nearer to those than eight bits of the base are; the head
+    and norms are as in int8."""
+    base, eight = load(tiny[0])
+    trained_on, plain = modeling.load_base(base, modeling.NF4, "cpu"), modeling.load_base(base, modeling.FLOAT32, "cpu")
+    served = dict(modeling.load_base(base, modeling.NF4_INT8, "cpu").named_modules())
+    linears = modeling.linear_modules(trained_on)
+    assert linears
+    for name, module in trained_on.named_modules():
+        if name in linears:
+            weight = modeling.dense_weight(module, torch.float32)
+            rounded, scales = modeling.round_to_int8(weight)
+            assert torch.equal(served[name].weight, rounded * scales[:, None])
+            off = (served[name].weight - weight).norm()
+            assert off < 0.1 * (dict(plain.named_modules())[name].weight - weight).norm()
+        elif getattr(module, "weight", None) is not None and name != "lm_head":
+            assert torch.equal(served[name].weight, dict(eight.named_modules())[name].weight)
+
+
 def test_an_adapter_of_another_base_is_refused_and_gives_its_room_back(
     tiny: tuple[Path, modeling.PreTrainedModel], tmp_path: Path
 ) -> None:

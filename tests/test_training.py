@@ -759,30 +759,34 @@ def test_a_precision_whose_answers_are_not_finite_is_left_out_with_a_warning(
     assert "bfloat16 (its answers are not finite), float32 (its" in context.warnings[0][1]
 
 
+@pytest.mark.parametrize("precision", ["nf4", "nf4-int8"])
 def test_a_precision_that_is_asked_for_serves_is_compared_in_and_has_golden_values(
-    workshop: Workshop, bases: dict[str, Base], caplog: pytest.LogCaptureFixture
+    workshop: Workshop, bases: dict[str, Base], caplog: pytest.LogCaptureFixture, precision: str
 ) -> None:
-    workshop.settings = workshop.settings.model_copy(update={"serving_precision": "nf4"})
+    workshop.settings = workshop.settings.model_copy(update={"serving_precision": precision})
     result, _ = workshop.run()
     assert result.comparison is not None
-    assert result.comparison.precision == "nf4"
+    assert result.comparison.precision == precision
     folder = workshop.registry.folder("shop", 1)
-    assert list(golden_values(folder)) == ["nf4", "int8", "bfloat16", "float32"]
+    assert list(golden_values(folder)) == [precision, "int8", "bfloat16", "float32"]
     base = bases["llama"]
-    loaded = modeling.load_base(base, "nf4", "cpu")
-    engine = serving_model(loaded, base, "nf4", workshop.settings, lambda detail: None)
-    engine.adapters.prove = SelfTest(engine, base, ChatText.load(base), "nf4").demand
+    loaded = modeling.load_base(base, precision, "cpu")
+    engine = serving_model(loaded, base, precision, workshop.settings, lambda detail: None)
+    engine.adapters.prove = SelfTest(engine, base, ChatText.load(base), precision).demand
     caplog.set_level(logging.INFO)
     at_once(engine.adapters.acquire(Adapter(result.digest, folder)))
     assert "golden prompts as published" in caplog.text
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4-int8"])
 def test_a_precision_that_cannot_serve_here_is_refused_before_anything_is_trained(
-    tmp_path: Path, bases: dict[str, Base]
+    tmp_path: Path, bases: dict[str, Base], precision: str
 ) -> None:
     workshop = Workshop(tmp_path / "data", bases["gpt2"].folder)
-    workshop.settings = workshop.settings.model_copy(update={"serving_precision": "int8"})
-    with pytest.raises(InvalidSpecError, match="KNOWLEDGE_SERVING_PRECISION: int8 is for bases of Llama's shape"):
+    workshop.settings = workshop.settings.model_copy(update={"serving_precision": precision})
+    with pytest.raises(
+        InvalidSpecError, match=f"KNOWLEDGE_SERVING_PRECISION: {precision} is for bases of Llama's shape"
+    ):
         workshop.run()
     assert not workshop.context.steps
     workshop.state.close()

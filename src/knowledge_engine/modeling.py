@@ -25,7 +25,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import peft
 import torch
 import transformers
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -43,9 +43,11 @@ from knowledge_engine.core import LoraConfig
 from knowledge_engine.errors import IntegrityError, InvalidSpecError, Reason, Violation
 from knowledge_engine.files import read_json
 
-FLOAT32, BFLOAT16, NF4, INT8 = "float32", "bfloat16", "nf4", "int8"
+FLOAT32, BFLOAT16, NF4, INT8, NF4_INT8 = "float32", "bfloat16", "nf4", "int8", "nf4-int8"
+INT8S = frozenset({INT8, NF4_INT8})
+"""What the integer kernels serve: weights in eight bits, as they are or as QLoRA trains on them, rounded to NF4."""
 INT8_LEVELS = 127
-SERVED_BYTES = {INT8: 4 + 1, FLOAT32: 4, BFLOAT16: 2, NF4: 4 + 1}
+SERVED_BYTES = {INT8: 4 + 1, NF4_INT8: 4 + 1, FLOAT32: 4, BFLOAT16: 2, NF4: 4 + 1}
 """Of a weight on a CPU while a base is made ready to serve: what becomes fewer bits is there in float32 as well."""
 
 _INT8_ARCHITECTURES = frozenset({"llama", "mistral", "qwen2"})
@@ -56,7 +58,7 @@ _NUMBERS_AT_ONCE = 2**22
 _STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, INT8: torch.float32}
+_DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, INT8: torch.float32, NF4_INT8: torch.float32}
 _PREFIX = "base_model.model."  # before a module's name, in PEFT's files
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _OUT_OF_MEMORY = (
@@ -108,8 +110,8 @@ def serving_precision(base: Base, device: str, asked: str | None = None) -> str:
     has_int8 = device == devices.CPU and _is_llama_shaped(base)
     if asked is None:
         return INT8 if has_int8 else float_precision(device)
-    if asked == INT8 and not has_int8:
-        problem = "int8 is for bases of Llama's shape on a CPU"
+    if asked in INT8S and not has_int8:
+        problem = f"{asked} is for bases of Llama's shape on a CPU"
     elif asked == BFLOAT16 and device != devices.CPU and not _has_bfloat16(device):
         problem = "this GPU has no bfloat16"
     else:
@@ -131,7 +133,8 @@ def training_precision(device: str, *, use_qlora: bool) -> str:
 
 def load_base(base: Base, precision: str, device: str, *, is_shared_out: bool = False) -> PreTrainedModel:
     """The frozen base in evaluation mode. `nf4` is double-quantised and computes in bfloat16 where the device has it;
-    `int8` has weights rounded as those of the integer kernels are, and computes in float32.
+    `int8` has weights rounded as those of the integer kernels are, and computes in float32. So has `nf4-int8`, but for
+    the head of weights that were rounded to NF4 before: eight bits say nearly what a QLoRA was trained on.
 
     FSDP leaves whole on every device what is no floating point number: weights that shall be shared out say their four
     bits as such, of the type that is computed in.
@@ -166,7 +169,11 @@ def load_base(base: Base, precision: str, device: str, *, is_shared_out: bool = 
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first evaluation would repack the weights for a bfloat16 kernel, and training go on with those.
             module.support_avx512bf16_for_cpu = False
-    if precision == INT8:
+    if precision == NF4_INT8:
+        for module in _all_linears(model):
+            if module is not model.get_output_embeddings():  # type: ignore[no-untyped-call]
+                module.weight.data = _rounded_to_nf4(module.weight.data)
+    if precision in INT8S:
         for weight in {id(module.weight): module.weight for module in _all_linears(model)}.values():
             rounded, scales = round_to_int8(weight)
             torch.mul(rounded, scales[:, None], out=weight.data)
@@ -203,6 +210,11 @@ def _load_unmapped(folder: Path, device: str, options: Mapping[str, Any]) -> Pre
             None, config=config, state_dict=tensors, device_map={"": device}, **options
         )
     return model
+
+
+def _rounded_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """As `nf4` has it."""
+    return dequantize_4bit(*quantize_4bit(weight, quant_type=NF4, compress_statistics=True))
 
 
 @torch.no_grad()

@@ -73,9 +73,10 @@ class Settings(BaseSettings):
     """Between two checkpoints of a training that names no `save_steps`."""
     memory_limit_bytes: int | None = Field(default=None, ge=2**20)
     """Memory of the device that trainings may count on; unset, all that the machine or its container has."""
-    serving_precision: Literal["bfloat16", "float32", "int8", "nf4"] | None = None
+    serving_precision: Literal["bfloat16", "float32", "int8", "nf4", "nf4-int8"] | None = None
     """How bases are kept while they answer. Unset, `int8` on a CPU for bases of Llama's shape, else bfloat16 on a GPU
-    that has it, else float32. What is trained while it is set can be served in it, too."""
+    that has it, else float32. `nf4-int8` is int8 of what a QLoRA was trained on. What is trained while it is set can be
+    served in it, too."""
     max_active_streams: int = Field(default=16, ge=1, le=1024)
     max_waiting_streams: int = Field(default=64, ge=0, le=4096)
     max_streams_per_caller: int | None = Field(default=None, ge=1)

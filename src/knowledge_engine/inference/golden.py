@@ -31,7 +31,9 @@ from knowledge_engine.text import ChatText, with_context
 GOLDEN = "golden.json"
 MAX_TOKENS = 256
 """Of a prompt with its answer: no model cuts so few into pieces, or needs much room for them."""
-TOLERANCES = {modeling.INT8: 0.05, modeling.FLOAT32: 0.01, modeling.BFLOAT16: 0.5, modeling.NF4: 0.5}
+TOLERANCES = {
+    modeling.INT8: 0.05, modeling.NF4_INT8: 0.05, modeling.FLOAT32: 0.01, modeling.BFLOAT16: 0.5, modeling.NF4: 0.5
+}  # fmt: skip
 """Nats that a log-probability may differ by, in each precision that serves: twice what it differs by between kinds of
 CPUs, and in float32 more (record 18). Four bits are computed with in bfloat16 where a device has it."""
 

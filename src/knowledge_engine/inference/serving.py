@@ -20,7 +20,7 @@ def serving_model(
 ) -> Model:
     """Ready to answer. `loaded` is the base in this precision, and what is made of it; `tell` is told of what takes
     long."""
-    if precision != modeling.INT8:
+    if precision not in modeling.INT8S:
         if can_batch(base):
             return BatchedModel(loaded, base.context_length, settings.kv_cache_bytes, settings.adapter_cache_bytes)
         return PlainModel(loaded, settings.adapter_cache_bytes)

@@ -2,8 +2,8 @@
 
 For every seed the real service generates conversations about the demo's catalogue, tunes twice on them (QLoRA, and LoRA
 in float32) with a split that keeps products on one side, and answers the held-out questions with the base and both, and
-with the QLoRA on the base as it was trained on (KNOWLEDGE_SERVING_PRECISION=nf4-int8). The same is asked about a catalogue
-that no training has seen, of another kind of goods. Told are
+with the QLoRA on the base as it was trained on (KNOWLEDGE_SERVING_PRECISION=nf4-int8). The same is asked about a
+catalogue that no training has seen, of another kind of goods. Told are
 
 - the held-out loss in the serving precision, mean over the seeds with its 95 % interval (Student's t),
 - exact prices: answers that state a price and none that is wrong for the product they name, of all answers,

@@ -69,13 +69,16 @@ SEVERAL: dict[str, Any] = {
 class Run:
     """A training on so many devices in a folder of its own."""
 
-    def __init__(self, base: Base, examples: Sequence[Item], work_dir: Path, num: int = 2, **changes: Any) -> None:
+    def __init__(
+        self, base: Base, examples: Sequence[Item], work_dir: Path, num: int = 2, *,
+        gradient_checkpointing: bool = False, **changes: Any,
+    ) -> None:  # fmt: skip
         self.spec = TrainingSpec.model_validate(SPEC.model_dump() | SEVERAL | changes)
         self.context = FakeContext(work_dir, self.spec)
         self.settings = Settings(data_dir=work_dir, training_devices=num)
         self.task = Task(
             self.context.job, self.spec, base, None, examples[3:], examples[:3], "cpu",
-            self.spec.per_device_train_batch_size, False,
+            self.spec.per_device_train_batch_size, gradient_checkpointing,
         )  # fmt: skip
 
     def pause_after(self, steps: int) -> list[Progress]:
@@ -94,7 +97,7 @@ class Run:
                 return train(
                     model, task.train, task.held_out, task.spec, self.context, no_log, "cpu",
                     checkpoints_of(self.context, training_devices=self.settings.training_devices), task.micro_batch,
-                    ranks,
+                    ranks, gradient_checkpointing=task.gradient_checkpointing,
                 )  # fmt: skip
             finally:
                 self.adapter = {n: w.detach().clone() for n, w in model.named_parameters() if w.requires_grad}
@@ -108,16 +111,17 @@ def told(steps: list[Progress]) -> list[tuple[float, ...]]:
     ("family", "changes"),
     [
         ("llama", {"use_qlora": True}),
-        ("gpt2", {}),
+        ("gpt2", {"gradient_checkpointing": True}),
+        pytest.param("llama", {"gradient_checkpointing": True, "use_qlora": True}, marks=pytest.mark.slow),
         pytest.param("llama", {"num": 3}, marks=pytest.mark.slow),
         pytest.param("gpt2", {"use_qlora": True}, marks=pytest.mark.slow),
     ],
-    ids=["llama nf4", "gpt2", "three", "gpt2 nf4"],
+    ids=["llama nf4", "gpt2 checkpointing", "llama nf4 checkpointing", "three", "gpt2 nf4"],
 )
 def test_ranks_take_the_steps_of_one(
     bases: dict[str, Base], examples: list[Example], tmp_path: Path, family: str, changes: dict[str, Any]
 ) -> None:
-    one = Run(bases[family], examples, tmp_path / "one", **changes | {"num": 1})
+    one = Run(bases[family], examples, tmp_path / "one", **changes | {"num": 1, "gradient_checkpointing": False})
     expected = one.go_on()
     two = Run(bases[family], examples, tmp_path / "two", **changes)
     summary = two.go_on()

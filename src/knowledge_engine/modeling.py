@@ -133,8 +133,8 @@ def training_precision(device: str, *, use_qlora: bool) -> str:
 
 def load_base(base: Base, precision: str, device: str, *, is_shared_out: bool = False) -> PreTrainedModel:
     """The frozen base in evaluation mode. `nf4` is double-quantised and computes in bfloat16 where the device has it;
-    `int8` has weights rounded as those of the integer kernels are, and computes in float32. So has `nf4-int8`, but for
-    the head of weights that were rounded to NF4 before: eight bits say nearly what a QLoRA was trained on.
+    `int8` has weights rounded as those of the integer kernels are, and computes in float32; `nf4-int8` the same of
+    weights that, all but the head, were rounded to NF4 before: eight bits say nearly what a QLoRA was trained on.
 
     FSDP leaves whole on every device what is no floating point number: weights that shall be shared out say their four
     bits as such, of the type that is computed in.
@@ -172,7 +172,7 @@ def load_base(base: Base, precision: str, device: str, *, is_shared_out: bool = 
     if precision == NF4_INT8:
         for module in _all_linears(model):
             if module is not model.get_output_embeddings():  # type: ignore[no-untyped-call]
-                module.weight.data = _rounded_to_nf4(module.weight.data)
+                module.weight.data.copy_(_rounded_to_nf4(module.weight.data))  # else mapped files would stay beside it
     if precision in INT8S:
         for weight in {id(module.weight): module.weight for module in _all_linears(model)}.values():
             rounded, scales = round_to_int8(weight)

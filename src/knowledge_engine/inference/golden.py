@@ -35,7 +35,8 @@ TOLERANCES = {
     modeling.INT8: 0.05, modeling.NF4_INT8: 0.05, modeling.FLOAT32: 0.01, modeling.BFLOAT16: 0.5, modeling.NF4: 0.5
 }  # fmt: skip
 """Nats that a log-probability may differ by, in each precision that serves: twice what it differs by between kinds of
-CPUs, and in float32 more (record 18). Four bits are computed with in bfloat16 where a device has it."""
+CPUs, and in float32 more (record 18). Four bits are computed with in bfloat16 where a device has it; for `nf4-int8`
+CPUs are assumed to round to NF4 alike."""
 
 _ANSWER_TOKENS = 8
 _READ_TOKENS = 32

@@ -156,7 +156,7 @@ def _has_exact_products() -> bool:
 
 
 class Int8Model(Paged[_Part]):
-    """`scheduler.Model` of a base that `modeling.load_base` loaded in `int8`; it takes what it needs of it."""
+    """`scheduler.Model` of a base that `modeling.load_base` loaded in one of `INT8S`; it takes what it needs of it."""
 
     piece_tokens = PIECE_TOKENS
     step_tokens = STEP_TOKENS

@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, body_and_head
 from knowledge_engine.training import kernels
 from knowledge_engine.training.data import Packing
-from knowledge_engine.training.dropout import Masks, chosen_places
+from knowledge_engine.training.dropout import Masks
 from knowledge_engine.training.lora import Backward, forward
 from knowledge_engine.training.packing import gather
 from knowledge_engine.training.plan import FUSED_HEAD_STEP, FUSED_LAYERS
@@ -276,12 +276,6 @@ class _Norm:
 def _times(
     layers: Sequence[AdaptedLinear], x: torch.Tensor, masks: Masks, num_rows: int, chosen: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor | None]]:
-    """`lora.forward` of all rows x, or of the chosen ones of so many: dropout tosses for all, so that a choice changes
-    no other toss. Also what it dropped."""
-    dropped: list[torch.Tensor | None] = []
-    for layer in layers:
-        places = masks.places(num_rows * x.shape[1], layer.dropout) if layer.dropout else None
-        if places is not None and chosen is not None:
-            places = chosen_places(places, num_rows, x.shape[1], chosen)
-        dropped.append(places)
+    """`lora.forward` of all rows x, or of the chosen ones of so many; also what was dropped."""
+    dropped = [masks.few(num_rows, x.shape[1], layer.dropout, chosen) for layer in layers]
     return *forward(layers, x, dropped), dropped

@@ -42,7 +42,7 @@ class Batch:
 
     `positions` (N,) index the flattened hidden states whose next token is trained, `targets` (N,) are those tokens,
     `rows` (N,) the example that each belongs to. An example ends before its last trained token: what comes after is
-    asked nothing. `length` is that of the longest one, this end included. Of a preference both answers are examples,
+    asked nothing; `length` is that of the longest one before this. Of a preference both answers are examples,
     the chosen one first; there are `num_pairs` of them, or 0.
     """
 

@@ -1,8 +1,8 @@
 """Dropout before an adapter: what it drops, and A dropout(x) with its gradients, not yet scaled by 1 / (1 - p).
 
-What is dropped is a mask, bool (M, I); or where kernels take them, the places of what is dropped alone, in order, as
-numbers of the flattened (M, I). They are few: everything is multiplied, and what was dropped is taken out again. Passes
-over masks cost a fifth of a training step.
+What is dropped is a mask, bool (M, I); or where it is little and kernels take them, its places alone, in order, as
+numbers of the flattened (M, I): everything is multiplied, and what was dropped is taken out again. Passes over masks
+cost a fifth of a training step.
 
 Shapes: M tokens, I inputs, r rank.
 """
@@ -19,6 +19,9 @@ import torch
 
 from knowledge_engine.modeling import linear
 from knowledge_engine.training import kernels
+
+_PLACES_UNTIL = 1 / 8
+"""With a larger chance, places of eight bytes take more room than a mask, and more time in the end."""
 
 
 def product(x: torch.Tensor, a: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
@@ -97,6 +100,19 @@ class Masks:
             expected = (count - last) * probability
         places = np.concatenate(found)
         return torch.from_numpy(places[: np.searchsorted(places, count)])
+
+    def few(
+        self, num_rows: int, num_inputs: int, probability: float, chosen: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What is dropped of (num_rows, num_inputs) on a CPU, in the form that takes less; where rows are chosen, of
+        those alone. Tosses are of all, so that a choice changes no other toss."""
+        if not probability:
+            return None
+        if probability > _PLACES_UNTIL:
+            mask = self.draw(torch.empty(num_rows, num_inputs), probability)
+            return mask if chosen is None else mask[chosen]
+        places = self.places(num_rows * num_inputs, probability)
+        return places if chosen is None else chosen_places(places, num_rows, num_inputs, chosen)
 
     def again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For a pass and one that repeats it later: the tosses of the second fall as those of the first. This is a

@@ -131,8 +131,7 @@ class Memory:
 
 
 class Row(NamedTuple):
-    """What counts of an item: the tokens that it takes up, those that go through the model, and those that are
-    trained."""
+    """What counts of an item: the tokens that it takes up, those that it has, and those that are trained."""
 
     length: int
     num_tokens: int
@@ -541,7 +540,7 @@ def _step_bytes(
     in_all = size * tokens * (shape.num_layers * numbers + spec.lora.rank * len(adapted))
     in_all += (4 - size) * tokens * shape.num_layers * 2 * shape.width  # both norms compute in float32
     if spec.lora.dropout:  # a mask of one byte a number, or places of eight for the few that are dropped
-        each = 8 * spec.lora.dropout if _is_fused(shape, spec, device) else 1
+        each = min(1, 8 * spec.lora.dropout) if _is_fused(shape, spec, device) else 1
         in_all += round(each * tokens * sum(linear.inputs for linear in adapted))
     if spec.lora.use_dora:  # PEFT's own: both products and the dropped input, and NF4 weights as they are multiplied
         in_all += size * tokens * sum(2 * linear.outputs + linear.inputs for linear in adapted)

@@ -27,7 +27,8 @@ _BLOCK = 8 * STRIP
 """Rows whose scores are kept until the gradients of keys and values are taken of all of them."""
 _CHUNK = 16_384
 DROPOUT_PARTS = 4
-"""So many parts of the rows, however many threads there are: their sums come out the same."""
+"""Sums over rows are taken in so many parts, however many threads there are: they come out the same."""
+_ROW_PARTS = 32
 _MOST_THREADS = get_num_threads()
 _NEVER = np.float32(-1e30)
 """The score of what comes later; no share is left of it."""
@@ -388,8 +389,8 @@ def _sigmoid(x: Any) -> Any:
 @njit(**KEPT, parallel=True)
 def take_from_product(x: Any, a: Any, places: Any, low: Any) -> None:
     """Of x (M, I), a (I, r) and places in x, in order: takes their part out of the product low (M, r)."""
-    for part in prange(DROPOUT_PARTS):
-        _take_from_product(x, a, places, _part_of(len(x), part), low)
+    for part in prange(_ROW_PARTS):
+        _take_from_product(x, a, places, _part_of(len(x), part, _ROW_PARTS), low)
 
 
 @njit(**OPTIONS)
@@ -408,8 +409,8 @@ def _take_from_product(x: Any, a: Any, places: Any, rows: Any, low: Any) -> None
 @njit(**KEPT, parallel=True)
 def take_from_input(grad_low: Any, a: Any, places: Any, grad_x: Any) -> None:
     """Of grad_low (M, r) and a (I, r): takes their product out of grad_x (M, I) at these places."""
-    for part in prange(DROPOUT_PARTS):
-        _take_from_input(grad_low, a, places, _part_of(len(grad_x), part), grad_x)
+    for part in prange(_ROW_PARTS):
+        _take_from_input(grad_low, a, places, _part_of(len(grad_x), part, _ROW_PARTS), grad_x)
 
 
 @njit(**OPTIONS)
@@ -427,7 +428,7 @@ def _take_from_input(grad_low: Any, a: Any, places: Any, rows: Any, grad_x: Any)
 def take_from_weights(x: Any, grad_low: Any, places: Any, parts: Any) -> None:
     """Of x (M, I) at these places and grad_low (M, r): takes their products out of parts (DROPOUT_PARTS, I, r)."""
     for part in prange(DROPOUT_PARTS):
-        _take_from_weights(x, grad_low, places, _part_of(len(x), part), parts[part])
+        _take_from_weights(x, grad_low, places, _part_of(len(x), part, DROPOUT_PARTS), parts[part])
 
 
 @njit(**OPTIONS)
@@ -444,8 +445,8 @@ def _take_from_weights(x: Any, grad_low: Any, places: Any, rows: Any, out: Any) 
 
 
 @njit(**OPTIONS)
-def _part_of(num_rows: Any, part: Any) -> Any:
-    return num_rows * part // DROPOUT_PARTS, num_rows * (part + 1) // DROPOUT_PARTS
+def _part_of(num_rows: Any, part: Any, num_parts: Any) -> Any:
+    return num_rows * part // num_parts, num_rows * (part + 1) // num_parts
 
 
 def warm_up(num_threads: int) -> None:
@@ -464,5 +465,10 @@ def warm_up(num_threads: int) -> None:
     norm_backward(row, row[0], scaling, row.copy())
     gate(row[0], row[0], row[0].copy())
     gate_backward(row[0], row[0], row[0].copy(), row[0].copy(), row[0].copy())
-    for take, out in ((take_from_product, row), (take_from_input, row), (take_from_weights, heads)):
-        take(row, np.zeros((WIDTH, WIDTH), np.float32), one[:0], out.copy())
+    parts = np.zeros((DROPOUT_PARTS, WIDTH, WIDTH), np.float32)
+    for take, other, out in (
+        (take_from_product, parts[0], row),
+        (take_from_input, parts[0], row),
+        (take_from_weights, row, parts),
+    ):
+        take(row, other, one[:0], out.copy())

@@ -4,7 +4,7 @@ y = W x + (alpha / r) B A dropout(x), W frozen (Hu et al. 2021, arXiv 2106.09685
 operations, each of which keeps or copies an activation; here a layer keeps its input, r numbers per token and a mask of
 one byte per number. W is dequantised when it is needed, forward and backward, and never kept.
 
-Shapes: M tokens of the batch, I inputs, O outputs, r rank.
+Shapes: M tokens of the batch, I inputs, O outputs, r rank, R ranks of several layers in all.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ Item = Example | Pair
 
 
 def num_tokens(item: Item) -> int:
-    """Tokens that go through the model for an item."""
+    """Tokens of an item; those that a batch shares, or nothing is asked of, are computed once or not at all."""
     return sum(len(example.input_ids) for example in sides_of(item))
 
 

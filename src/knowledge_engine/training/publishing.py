@@ -41,7 +41,7 @@ KEPT_FOR = timedelta(days=30)
 _FACTS = "trained.json"
 _ADAPTER = "adapter"
 _LOCK = "lock"
-LIBRARIES = ("knowledge-engine", "torch", "transformers", "peft", "bitsandbytes")
+LIBRARIES = ("knowledge-engine", "torch", "transformers", "peft", "bitsandbytes", "numpy")
 _FIRST_DELAY_SECONDS = 1.0
 _MAX_DELAY_SECONDS = 30.0
 _CHECK_SECONDS = 0.2

@@ -281,7 +281,7 @@ class Progress(_message.Message):
     grad_norm: _builtins.float
     """Global gradient norm before clipping."""
     tokens_per_second: _builtins.float
-    """Tokens processed per second, padding left out."""
+    """Tokens of the conversations per second; padding is none."""
     memory_bytes: _builtins.int
     """Memory of the worker, in bytes: resident, or reserved on its CUDA device."""
     @_builtins.property

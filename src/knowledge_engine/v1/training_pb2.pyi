@@ -461,9 +461,9 @@ class TrainingResult(_message.Message):
     num_steps: _builtins.int
     """Optimizer steps taken."""
     num_tokens: _builtins.int
-    """Tokens processed, padding left out."""
+    """Tokens of the conversations, as often as each was learned from; padding is none."""
     tokens_per_second: _builtins.float
-    """Tokens processed per second of training, padding and evaluation left out."""
+    """The same per second of training, evaluation left out."""
     peak_memory_bytes: _builtins.int
     """Largest memory of the worker, in bytes: resident, or reserved on its CUDA device (without the CUDA context)."""
     published_step: _builtins.int
@@ -616,7 +616,7 @@ class TrainingEstimate(_message.Message):
     num_steps: _builtins.int
     """Optimizer steps."""
     num_tokens: _builtins.int
-    """Tokens that go through the model, padding left out."""
+    """Tokens of the conversations, as often as each is learned from; padding is none."""
     fits: _builtins.bool
     """Whether the run would be accepted: the expected memory and the disk space are there once other jobs have ended."""
     refusal: _builtins.str

@@ -179,21 +179,29 @@ def prepare_compiler(settings: Settings) -> None:
         os.environ.setdefault("NUMBA_CACHE_DIR", str(settings.data_dir.absolute() / "kernels"))
 
 
-@functools.cache
 def is_zen3() -> bool:
     """Whether this CPU is an AMD of the generation that came before AVX-512."""
-    try:
-        facts = {
-            name.strip(): value.split()
-            for name, _, value in (line.partition(":") for line in _CPU_FACTS.read_text(encoding="utf-8").splitlines())
-        }
-    except OSError:
-        return False
+    facts = _cpu_facts()
     return (
         facts.get("vendor_id") == ["AuthenticAMD"]
         and facts.get("cpu family") == ["25"]
         and "avx512f" not in facts.get("flags", [])
     )
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies and adds up whole numbers of eight bits in one instruction."""
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(_cpu_facts().get("flags", []))
+
+
+@functools.cache
+def _cpu_facts() -> dict[str, list[str]]:
+    """Of its last core."""
+    try:
+        lines = _CPU_FACTS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
 
 
 @functools.cache

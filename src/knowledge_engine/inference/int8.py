@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from knowledge_engine import modeling
+from knowledge_engine import devices, modeling
 from knowledge_engine.inference import kernels
 from knowledge_engine.inference.adapters import Adapters
 from knowledge_engine.inference.blocks import BlockPool
@@ -96,7 +96,7 @@ class _Linear:
         """whole (R, inputs), units (R,) -> y (R, O), for many rows."""
         linear = self.of_layer(n)
         num_rows, num_inputs = whole.shape
-        if num_rows <= FEW_ROWS or not _has_exact_products():
+        if num_rows <= FEW_ROWS or not _has_fast_products():
             kernels.multiply_rows(whole, linear, units, y)
             return
         halves = torch.empty(2 * num_rows, num_inputs, dtype=torch.int8)
@@ -143,8 +143,13 @@ def _round_finely(x: torch.Tensor) -> tuple[Array, Array]:
 
 
 @cache
+def _has_fast_products() -> bool:
+    """Whether many rows are a case for `torch._int_mm`: if it is exact without VNNI, it is slower than ours by far."""
+    return devices.has_vnni() and _has_exact_products()
+
+
 def _has_exact_products() -> bool:
-    """Whether `torch._int_mm` adds up without saturating, as it does not on CPUs before VNNI."""
+    """Whether it adds up without saturating."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     weight = torch.full((64, 256), modeling.INT8_LEVELS, dtype=torch.int8)

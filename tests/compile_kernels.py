@@ -1,10 +1,12 @@
-"""Compiles the serving kernels, unless that was done: `python -m tests.compile_kernels`.
+"""Compiles kernels, unless that was done: `python -m tests.compile_kernels serving`, or `training`.
 
-Once, before tests share the cores; else every engine that starts meanwhile would do it for itself.
+Once, before tests share the cores; else every engine or training that starts meanwhile would do it for itself.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,13 @@ from knowledge_engine.settings import Settings
 from tests.tiny import build_tiny_base
 
 
-def main() -> None:
+def compile_training() -> None:
+    from knowledge_engine.training import kernels
+
+    kernels.warm_up(len(os.sched_getaffinity(0)))
+
+
+def compile_serving() -> None:
     from knowledge_engine import modeling
     from knowledge_engine.bases import prepare_base
     from knowledge_engine.inference.serving import serving_model
@@ -25,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    {"serving": compile_serving, "training": compile_training}[sys.argv[1]]()

@@ -23,20 +23,25 @@ from tests.tiny import build_tiny_base
 for _name in [name for name in os.environ if name.startswith("KNOWLEDGE_") or name in _ALIASES]:
     del os.environ[_name]
 
+_KERNELS = ("compiled.py", "inference/kernels.py", "training/kernels.py")
+
 # Two tests share the cores: threads that spin while they wait slow each other down tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiles the serving kernels before workers share the cores, once for what their source says."""
+    """Compiles the kernels before workers share the cores, once for what their source says."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None) or not hasattr(config, "cache"):
         return
     root = Path(__file__).parent.parent
-    source = root / "src" / "knowledge_engine" / "inference" / "kernels.py"
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    sources = [root / "src" / "knowledge_engine" / name for name in _KERNELS]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     if config.cache.get("kernels/compiled", "") != digest:
-        subprocess.run([sys.executable, "-m", "tests.compile_kernels"], cwd=root, check=True)
+        commands = [[sys.executable, "-m", "tests.compile_kernels", part] for part in ("serving", "training")]
+        at_work = [subprocess.Popen(command, cwd=root) for command in commands]
+        if sum(abs(process.wait()) for process in at_work):
+            pytest.exit("the kernels cannot be compiled", returncode=1)
         config.cache.set("kernels/compiled", digest)
 
 

@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from knowledge_engine.modeling import AdaptedLinear, PeftModel, adapted_linears, body_and_head
 from knowledge_engine.training import kernels
 from knowledge_engine.training.data import Packing
-from knowledge_engine.training.dropout import Masks
+from knowledge_engine.training.dropout import Masks, arrays
 from knowledge_engine.training.lora import Backward, forward
 from knowledge_engine.training.packing import gather
 from knowledge_engine.training.plan import FUSED_HEAD_STEP, FUSED_LAYERS
@@ -141,8 +141,8 @@ class _Inputs(torch.autograd.Function):
         flat = x[0]
         outputs, low, dropped = _times(block.inputs, block.first_norm.apply(flat), masks, len(flat))
         q, k, v = (output.view(len(flat), -1, block.head_width) for output in outputs)
-        kernels.rotate(*_arrays(q, *turn))
-        kernels.rotate(*_arrays(k, *turn))
+        kernels.rotate(*arrays(q, *turn))
+        kernels.rotate(*arrays(k, *turn))
         ctx.save_for_backward(flat, *turn, low, *dropped)
         ctx.block = block
         return q, k, v
@@ -152,7 +152,7 @@ class _Inputs(torch.autograd.Function):
         flat, cos, sin, low, *dropped = ctx.saved_tensors
         block: _Block = ctx.block
         for gradient in gradients[:2]:  # nobody else has them: `_Attention` made them
-            kernels.rotate(*_arrays(gradient, cos, -sin))
+            kernels.rotate(*arrays(gradient, cos, -sin))
         back = Backward(block.inputs, [gradient.flatten(1) for gradient in gradients], dropped)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -168,7 +168,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, scaling: float
     ) -> torch.Tensor:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-        kernels.attend(*_arrays(q, k, v), *_where(packing), np.float32(scaling), *_arrays(out, lse))
+        kernels.attend(*arrays(q, k, v), *_where(packing), np.float32(scaling), *arrays(out, lse))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.packing, ctx.scaling = packing, np.float32(scaling)
         return out
@@ -180,18 +180,14 @@ class _Attention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         laid = [k.new_empty(*packing.index.shape, *k.shape[1:]) for _ in range(2)]
         kernels.attend_backward(
-            *_arrays(q, k, v, out, lse, gradients[0].contiguous()), *_where(packing), ctx.scaling,
-            *_arrays(grad_q, *laid),
+            *arrays(q, k, v, out, lse, gradients[0].contiguous()), *_where(packing), ctx.scaling,
+            *arrays(grad_q, *laid),
         )  # fmt: skip
         return grad_q, *(gather(part, packing) for part in laid), None, None
 
 
-def _arrays(*tensors: torch.Tensor) -> list[Any]:
-    return [tensor.numpy() for tensor in tensors]
-
-
 def _where(packing: Packing) -> list[Any]:
-    return _arrays(packing.index, packing.starts, packing.lengths)
+    return arrays(packing.index, packing.starts, packing.lengths)
 
 
 class _Outputs(torch.autograd.Function):
@@ -251,7 +247,7 @@ class _Outputs(torch.autograd.Function):
 
 
 def _flat(*tensors: torch.Tensor) -> list[Any]:
-    return _arrays(*(tensor.view(-1) for tensor in tensors))
+    return arrays(*(tensor.view(-1) for tensor in tensors))
 
 
 class _Norm:
@@ -264,12 +260,12 @@ class _Norm:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """(M, H) -> (M, H)"""
         y = torch.empty_like(x)
-        kernels.norm(*_arrays(x, self._weight), np.float32(self._eps), y.numpy())
+        kernels.norm(*arrays(x, self._weight), np.float32(self._eps), y.numpy())
         return y
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gradient of x, in the place of `grad` (M, H)."""
-        kernels.norm_backward(*_arrays(x, self._weight), np.float32(self._eps), grad.numpy())
+        kernels.norm_backward(*arrays(x, self._weight), np.float32(self._eps), grad.numpy())
         return grad
 
 

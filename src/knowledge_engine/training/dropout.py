@@ -30,7 +30,7 @@ def product(x: torch.Tensor, a: torch.Tensor, dropped: torch.Tensor | None) -> t
         return linear(x.masked_fill(dropped, 0), a)
     low = linear(x, a)
     if dropped is not None:
-        kernels.take_from_product(*_arrays(x, a.t().contiguous(), dropped, low))
+        kernels.take_from_product(*arrays(x, a.t().contiguous(), dropped, low))
     return low
 
 
@@ -41,7 +41,7 @@ def add_to_input(grad_x: torch.Tensor, grad_low: torch.Tensor, a: torch.Tensor, 
         return
     grad_x.addmm_(grad_low, a)
     if dropped is not None:
-        kernels.take_from_input(*_arrays(grad_low, a.t().contiguous(), dropped, grad_x))
+        kernels.take_from_input(*arrays(grad_low, a.t().contiguous(), dropped, grad_x))
 
 
 def gradient_of_a(grad_low: torch.Tensor, x: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
@@ -51,7 +51,7 @@ def gradient_of_a(grad_low: torch.Tensor, x: torch.Tensor, dropped: torch.Tensor
     of_a = grad_low.t() @ x
     if dropped is not None:
         parts = x.new_zeros(kernels.DROPOUT_PARTS, x.shape[1], len(of_a))
-        kernels.take_from_weights(*_arrays(x, grad_low, dropped, parts))
+        kernels.take_from_weights(*arrays(x, grad_low, dropped, parts))
         of_a += parts.sum(0).t()
     return of_a
 
@@ -68,7 +68,8 @@ def _is_mask(dropped: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     return dropped is not None and dropped.dtype is torch.bool
 
 
-def _arrays(*tensors: torch.Tensor) -> list[Any]:
+def arrays(*tensors: torch.Tensor) -> list[Any]:
+    """As kernels take them."""
     return [tensor.numpy() for tensor in tensors]
 
 
